@@ -1,0 +1,90 @@
+// Argument checks for op bindings. A failed check throws std::invalid_argument, which Python sees as ValueError; its
+// message names the op, the argument, what it got and what it wants. Only binding.cpp files include this.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "common/isa.h"
+
+namespace glm5 {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class Dtype : int { bf16 = 0, float32 = 1, float64 = 2 };
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream s;
+  s << '[';
+  for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
+  s << ']';
+  return s.str();
+}
+
+inline void check_cpu(const char* op, const char* name, const Tensor& t) {
+  if (!t.is_cpu()) fail(op, ": ", name, " is on another device, want cpu");
+}
+
+inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* layout) {
+  if (t.dim() != dim) fail(op, ": ", name, " has shape ", shape_of(t), ", want ", dim, " dimensions ", layout);
+}
+
+// `want` is the size that dimension `dim` must have; `why` says where it comes from.
+inline void check_size(const char* op, const char* name, const Tensor& t, int64_t dim, int64_t want, const char* why) {
+  if (t.size(dim) != want)
+    fail(op, ": ", name, " has shape ", shape_of(t), ", want size ", want, " in dimension ", dim, " (", why, ")");
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& t, std::initializer_list<ScalarType> wanted) {
+  const ScalarType got = t.scalar_type();
+  std::ostringstream list;
+  const char* comma = "";
+  for (ScalarType w : wanted) {
+    if (got == w) return;
+    list << comma << torch::headeronly::toString(w);
+    comma = " or ";
+  }
+  fail(op, ": ", name, " has dtype ", torch::headeronly::toString(got), ", want ", list.str());
+}
+
+inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* like_name,
+                             const Tensor& like) {
+  if (t.scalar_type() != like.scalar_type())
+    fail(op, ": ", name, " has dtype ", torch::headeronly::toString(t.scalar_type()), ", want that of ", like_name, ", ",
+         torch::headeronly::toString(like.scalar_type()));
+}
+
+// bfloat16, float32 or float64.
+inline Dtype float_dtype(const char* op, const char* name, const Tensor& t) {
+  check_dtype(op, name, t, {ScalarType::BFloat16, ScalarType::Float, ScalarType::Double});
+  if (t.scalar_type() == ScalarType::BFloat16) return Dtype::bf16;
+  return t.scalar_type() == ScalarType::Float ? Dtype::float32 : Dtype::float64;
+}
+
+// A new contiguous CPU tensor.
+inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype,
+                              std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+inline Tensor empty_like_contiguous(const Tensor& t) {
+  return torch::stable::empty(t.sizes(), t.scalar_type(), std::nullopt,
+                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+}  // namespace glm5

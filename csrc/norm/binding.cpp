@@ -1,0 +1,69 @@
+// Schemas, argument checks and dispatch of the norm family.
+#include "norm/norm.h"
+
+#include "common/checks.h"
+
+namespace glm5 {
+namespace {
+
+RmsNormArgs rms_norm_args(const char* op, const Tensor& x, const Tensor& weight, double eps) {
+  check_cpu(op, "x", x);
+  check_cpu(op, "weight", weight);
+  const Dtype dtype = float_dtype(op, "x", x);
+  check_same_dtype(op, "weight", weight, "x", x);
+  if (x.dim() < 1 || x.size(x.dim() - 1) < 1) fail(op, ": x has shape ", shape_of(x), ", want a non-empty last dimension");
+  check_dim(op, "weight", weight, 1, "[dim]");
+  check_size(op, "weight", weight, 0, x.size(x.dim() - 1), "the last dimension of x");
+  if (!(eps >= 0)) fail(op, ": eps is ", eps, ", want a number >= 0");
+  RmsNormArgs args{};
+  args.dtype = static_cast<int>(dtype);
+  args.dim = weight.size(0);
+  args.rows = x.numel() / args.dim;
+  args.eps = eps;
+  args.x = x.const_data_ptr();
+  args.weight = weight.const_data_ptr();
+  return args;
+}
+
+Tensor rms_norm(const Tensor& x_in, const Tensor& weight_in, double eps) {
+  const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
+  RmsNormArgs args = rms_norm_args("rms_norm", x, weight, eps);
+  Tensor y = empty_like_contiguous(x);
+  args.y = y.mutable_data_ptr();
+  GLM5_CALL_KERNEL(args.dtype == 2, rms_norm_forward, args);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_in, const Tensor& x_in, const Tensor& weight_in,
+                                             double eps) {
+  const char* op = "rms_norm_backward";
+  const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
+  const Tensor dy = torch::stable::contiguous(dy_in);
+  RmsNormArgs args = rms_norm_args(op, x, weight, eps);
+  check_cpu(op, "dy", dy);
+  check_same_dtype(op, "dy", dy, "x", x);
+  if (dy.numel() != x.numel()) fail(op, ": dy has shape ", shape_of(dy), ", want that of x, ", shape_of(x));
+  Tensor dx = empty_like_contiguous(x), dweight = empty_like_contiguous(weight);
+  Tensor partial = empty_cpu({(args.rows + kRmsNormRowBlock - 1) / kRmsNormRowBlock, args.dim},
+                             args.dtype == 2 ? ScalarType::Double : ScalarType::Float);
+  args.dy = dy.const_data_ptr();
+  args.dx = dx.mutable_data_ptr();
+  args.dweight = dweight.mutable_data_ptr();
+  args.partial = partial.mutable_data_ptr();
+  GLM5_CALL_KERNEL(args.dtype == 2, rms_norm_backward, args);
+  return {dx, dweight};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, float eps) -> (Tensor dx, Tensor dweight)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+}
+
+}  // namespace glm5

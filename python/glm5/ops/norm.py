@@ -1,0 +1,51 @@
+"""RMSNorm on the compiled kernels, with its backward. LayerNorm of the indexer's keys lives here too."""
+
+import torch
+
+from glm5 import _native  # noqa: F401  (registers the ops)
+from glm5.ops._checks import want_tensors
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    """``cast(x / sqrt(mean(x^2) + eps)) * weight`` over the last dimension (Zhang & Sennrich 2019, eq. 4).
+
+    The normalised value is computed in float32 and rounded to x's dtype before the weight is applied, as Transformers does.
+
+    Args:
+        x: [..., dim], bfloat16, float32 or float64.
+        weight: [dim], dtype of x.
+        eps: added to the mean square.
+
+    Returns:
+        [..., dim], dtype of x. A row depends on that row of x and on weight alone. Differentiable in x and weight.
+
+    Raises:
+        TypeError: x or weight is not a tensor.
+        ValueError: dtypes differ or are not floating, shapes do not match, eps is negative, a tensor is not on the CPU.
+    """
+    want_tensors("rms_norm", x=x, weight=weight)
+    return torch.ops.glm5.rms_norm(x, weight, eps)
+
+
+@torch.library.register_fake("glm5::rms_norm")
+def _(x, weight, eps):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("glm5::rms_norm_backward")
+def _(dy, x, weight, eps):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, eps = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.eps = eps
+
+
+def _backward(ctx, dy):
+    dx, dweight = torch.ops.glm5.rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps)
+    return dx, dweight, None
+
+
+torch.library.register_autograd("glm5::rms_norm", _backward, setup_context=_setup_context)

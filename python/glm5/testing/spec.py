@@ -1,0 +1,207 @@
+"""What an op promises, as data: how to draw its inputs, which are differentiable, how far from float64 it may be.
+
+An ``OpSpec`` per op is registered by the family modules beside this one (``norm.py`` and so on). Inputs are drawn through a
+``Draw``, so that ``check`` can use a seeded generator and the test suite hypothesis, on the same description.
+"""
+
+import importlib
+import pkgutil
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+# ||out - ref|| / ||ref|| against float64 on the same (already rounded) inputs: (forward, backward).
+BUDGETS = {
+    "exact": {torch.bfloat16: (3e-3, 5e-3), torch.float32: (1e-6, 1e-6), torch.float64: (1e-13, 1e-12)},
+    "softmax": {torch.bfloat16: (3e-3, 5e-3), torch.float32: (5e-6, 5e-6), torch.float64: (1e-13, 1e-12)},
+}
+
+
+class Draw:
+    """A source of choices. Subclasses give ``integer``; everything else is built on it."""
+
+    def integer(self, low: int, high: int) -> int:
+        """An integer in [low, high]."""
+        raise NotImplementedError("a Draw subclass defines integer()")
+
+    def choice(self, options):
+        """One of ``options``."""
+        options = list(options)
+        return options[self.integer(0, len(options) - 1)]
+
+    def tensor(self, *shape: int, dtype=torch.float32, scale: float = 1.0) -> torch.Tensor:
+        """Gaussian or heavy-tailed values of standard deviation near ``scale``, from a drawn seed."""
+        generator = torch.Generator().manual_seed(self.integer(0, 2**31 - 1))
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if self.integer(0, 3) == 0:
+            values = values * torch.exp(torch.randn(shape, generator=generator, dtype=torch.float64))
+        return (values * scale).to(dtype)
+
+
+class RandomDraw(Draw):
+    """Choices from a seed."""
+
+    def __init__(self, seed: int):
+        self.random = random.Random(seed)
+
+    def integer(self, low, high):
+        return self.random.randint(low, high)
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One op's promise.
+
+    Attributes:
+        name: name in ``glm5.ops`` and ``glm5.reference``.
+        draw: (Draw, dtype) -> keyword arguments of the op.
+        differentiable: names of the arguments that take a gradient.
+        budget: key of ``BUDGETS``.
+        dtypes: dtypes that ``draw`` accepts.
+        compare: (got, want float64, arguments, dtype) -> list of complaints; None compares every output within the budget.
+    """
+
+    name: str
+    draw: Callable
+    differentiable: tuple[str, ...] = ()
+    budget: str = "exact"
+    dtypes: tuple = (torch.bfloat16, torch.float32)
+    compare: Callable | None = None
+
+
+_SPECS: dict[str, OpSpec] = {}
+
+
+def register(spec: OpSpec) -> OpSpec:
+    """Adds an op's spec; family modules call it on import."""
+    _SPECS[spec.name] = spec
+    return spec
+
+
+def specs() -> dict[str, OpSpec]:
+    """Every spec, by op name."""
+    package = importlib.import_module("glm5.testing")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"glm5.testing.{module.name}")
+    return dict(_SPECS)
+
+
+def spec(name: str) -> OpSpec:
+    """The spec of op ``name``. Raises ValueError naming the known ops when there is none."""
+    known = specs()
+    if name not in known:
+        raise ValueError(f"glm5.testing has no spec for op {name!r}; it knows {', '.join(sorted(known))}")
+    return known[name]
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """||got - want|| / ||want|| in float64; infinities must agree in place and sign; 0 for two empty or all-zero tensors."""
+    got, want = got.detach().double().flatten(), want.detach().double().flatten()
+    if got.shape != want.shape:
+        return float("inf")
+    finite = torch.isfinite(want)
+    if not torch.equal(finite, torch.isfinite(got)) or not torch.equal(got[~finite].nan_to_num(), want[~finite].nan_to_num()):
+        return float("inf")
+    difference, size = (got - want)[finite].norm().item(), want[finite].norm().item()
+    return difference / size if size > 0 else difference
+
+
+def widened(arguments: dict) -> dict:
+    """The same arguments with floating tensors in float64 (e4m3 included)."""
+    return {
+        k: v.detach().double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()
+    }
+
+
+def as_tuple(outputs) -> tuple:
+    """An op's outputs as a tuple."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def complaints(op: OpSpec, impl: Callable, arguments: dict, dtype: torch.dtype) -> list[str]:
+    """What is wrong with ``impl`` on ``arguments``; empty when it keeps the op's promise (forward, then gradients)."""
+    reference = getattr(importlib.import_module("glm5.reference"), op.name)
+    forward_budget, backward_budget = BUDGETS[op.budget][dtype]
+    found = []
+
+    ours = {k: v.detach().clone().requires_grad_(k in op.differentiable) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    theirs = widened(arguments)
+    for name in op.differentiable:
+        if isinstance(theirs[name], torch.Tensor):
+            theirs[name].requires_grad_(True)
+    got, want = as_tuple(impl(**ours)), as_tuple(reference(**theirs))
+    if op.compare is not None:
+        found += op.compare(got, want, arguments, dtype)
+    else:
+        for i, (g, w) in enumerate(zip(got, want, strict=True)):
+            error = relative_error(g, w)
+            if not error <= forward_budget:
+                found.append(f"output {i}: relative error {error:.3g}, budget {forward_budget:g}")
+
+    inputs = [k for k in op.differentiable if isinstance(ours[k], torch.Tensor)]
+    outputs = [(g, w) for g, w in zip(got, want, strict=True) if w.requires_grad and g.requires_grad]
+    if inputs and outputs:
+        generator = torch.Generator().manual_seed(1)
+        cotangents = [torch.randn(w.shape, generator=generator, dtype=torch.float64).to(g.dtype) for g, w in outputs]
+        ours_grad = torch.autograd.grad([g for g, _ in outputs], [ours[k] for k in inputs], cotangents, allow_unused=True)
+        theirs_grad = torch.autograd.grad(
+            [w for _, w in outputs], [theirs[k] for k in inputs], [c.double() for c in cotangents], allow_unused=True
+        )
+        for name, g, w in zip(inputs, ours_grad, theirs_grad, strict=True):
+            w = torch.zeros_like(theirs[name]) if w is None else w
+            error = float("inf") if g is None else relative_error(g, w)
+            if not error <= backward_budget:
+                found.append(f"gradient of {name}: relative error {error:.3g}, budget {backward_budget:g}")
+    return found
+
+
+@dataclass
+class Report:
+    """The verdict of ``check``: ``ok``, how many cases ran, and each failure with the seed that draws its inputs again."""
+
+    name: str
+    cases: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return self.cases > 0 and not self.failures
+
+    def __str__(self):
+        head = f"{self.name}: {self.cases} cases, {len(self.failures)} failed"
+        return "\n".join([head, *("  " + f for f in self.failures)])
+
+
+def check(name: str, impl: Callable | None = None, device: str = "cpu", cases: int = 24, seed: int = 0) -> Report:
+    """Judges an implementation of op ``name`` against the float64 reference.
+
+    Args:
+        name: an op of ``glm5.reference``.
+        impl: a callable with the op's signature; None judges ``glm5.ops``.
+        device: where ``impl`` runs; the reference runs on the CPU.
+        cases: how many inputs to draw for each dtype.
+        seed: first seed; case i uses seed + i.
+
+    Returns:
+        a Report whose ``.ok`` is the verdict.
+
+    Raises:
+        ValueError: there is no op ``name``.
+    """
+    op = spec(name)
+    impl = impl or getattr(importlib.import_module("glm5.ops"), name)
+
+    def on_device(**arguments):
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        outputs = impl(**moved)
+        return tuple(o.cpu() for o in outputs) if isinstance(outputs, tuple) else outputs.cpu()
+
+    report = Report(name)
+    for dtype in op.dtypes:
+        for case in range(seed, seed + cases):
+            for complaint in complaints(op, on_device, op.draw(RandomDraw(case), dtype), dtype):
+                report.failures.append(f"{str(dtype).removeprefix('torch.')}, seed {case}: {complaint}")
+            report.cases += 1
+    return report
