@@ -35,7 +35,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal shape, dtype and bytes (so -0.0 differs from 0.0, and NaN equals itself)."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.detach().contiguous().flatten().view(torch.uint8), b.detach().contiguous().flatten().view(torch.uint8))
+    return torch.equal(
+        a.detach().contiguous().flatten().view(torch.uint8), b.detach().contiguous().flatten().view(torch.uint8)
+    )
 
 
 def assert_keeps_promise(op: OpSpec, data, dtype) -> None:
@@ -46,7 +48,10 @@ def assert_keeps_promise(op: OpSpec, data, dtype) -> None:
 
 def run_with_gradients(op: OpSpec, arguments: dict) -> list[torch.Tensor]:
     """Outputs, then the gradient of each differentiable argument for fixed cotangents."""
-    leaves = {k: v.detach().clone().requires_grad_(k in op.differentiable) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    leaves = {
+        k: v.detach().clone().requires_grad_(k in op.differentiable) if isinstance(v, torch.Tensor) else v
+        for k, v in arguments.items()
+    }
     outputs = as_tuple(getattr(ops, op.name)(**leaves))
     inputs = [leaves[k] for k in op.differentiable if isinstance(leaves[k], torch.Tensor)]
     wanted = [o for o in outputs if o.requires_grad]
@@ -74,7 +79,9 @@ def assert_gradcheck(op: OpSpec, seed: int) -> None:
     rest = {k: v for k, v in arguments.items() if k not in names}
     leaves = [arguments[k].double().requires_grad_(True) for k in names]
     function = getattr(ops, op.name)
-    torch.autograd.gradcheck(lambda *a: function(**dict(zip(names, a, strict=True)), **rest), leaves, eps=1e-6, atol=1e-6, rtol=1e-5)
+    torch.autograd.gradcheck(
+        lambda *a: function(**dict(zip(names, a, strict=True)), **rest), leaves, eps=1e-6, atol=1e-6, rtol=1e-5
+    )
 
 
 def assert_opcheck(op: OpSpec, arguments_in_order: tuple) -> None:
@@ -120,5 +127,3 @@ def assert_every_isa_is_compiled(op_call) -> None:
     for name in _native.available_isas():
         with _native.using_cpu_isa(name):
             op_call()
-
-

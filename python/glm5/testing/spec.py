@@ -102,7 +102,9 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     if got.shape != want.shape:
         return float("inf")
     finite = torch.isfinite(want)
-    if not torch.equal(finite, torch.isfinite(got)) or not torch.equal(got[~finite].nan_to_num(), want[~finite].nan_to_num()):
+    if not torch.equal(finite, torch.isfinite(got)) or not torch.equal(
+        got[~finite].nan_to_num(), want[~finite].nan_to_num()
+    ):
         return float("inf")
     difference, size = (got - want)[finite].norm().item(), want[finite].norm().item()
     return difference / size if size > 0 else difference
@@ -126,7 +128,10 @@ def complaints(op: OpSpec, impl: Callable, arguments: dict, dtype: torch.dtype) 
     forward_budget, backward_budget = BUDGETS[op.budget][dtype]
     found = []
 
-    ours = {k: v.detach().clone().requires_grad_(k in op.differentiable) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    ours = {
+        k: v.detach().clone().requires_grad_(k in op.differentiable) if isinstance(v, torch.Tensor) else v
+        for k, v in arguments.items()
+    }
     theirs = widened(arguments)
     for name in op.differentiable:
         if isinstance(theirs[name], torch.Tensor):
