@@ -1,4 +1,4 @@
-"""glm5: the GLM-5 system as a Python package. Submodules load on first use, so that ``import glm5.ops`` needs torch alone."""
+"""glm5: the GLM-5 system as a Python package. Submodules load on first use: ``import glm5.ops`` needs torch alone."""
 
 from importlib import import_module
 
