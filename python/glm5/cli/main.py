@@ -1,0 +1,42 @@
+"""The ``glm5`` command line: finds the subcommand and runs it. Knows nothing about what a subcommand does.
+
+A subcommand is a module with ``NAME``, a docstring whose first line is its help, ``add_arguments(parser)`` and
+``run(args) -> int | None``. It imports torch inside ``run``, so that ``glm5 --help`` answers at once.
+"""
+
+import argparse
+import os
+import sys
+from importlib import import_module
+
+import glm5
+
+COMMANDS = ("doctor",)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="glm5", description="The GLM-5 system: train, adapt, serve.")
+    parser.add_argument("--version", action="version", version=f"glm5 {glm5.__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        module = import_module(f"glm5.cli.{command}")
+        summary = module.__doc__.splitlines()[0]
+        subparser = subparsers.add_parser(module.NAME, help=summary, description=summary)
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run, name=module.NAME)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs ``glm5 argv``; returns the exit status. A user's mistake (ValueError, OSError) ends in one line, no traceback."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, OSError) as error:
+        if os.environ.get("GLM5_TRACEBACK"):
+            raise
+        print(f"glm5 {args.name}: {error} (GLM5_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"glm5 {args.name}: interrupted", file=sys.stderr)
+        return 130
