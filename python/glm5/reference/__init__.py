@@ -3,6 +3,39 @@
 Slow on purpose and free of tricks; any float dtype, float64 included. Kernel authors test against these.
 """
 
-from glm5.reference.norm import rms_norm
+from glm5.reference.hadamard import rotate_hadamard
+from glm5.reference.indexer_kl import indexer_kl_loss, lightning_indexer_kl
+from glm5.reference.lightning_indexer import lightning_indexer_logits, lightning_indexer_topk
+from glm5.reference.linear import batched_linear, grouped_linear, linear
+from glm5.reference.mla_attention import mla_attention, mla_attn_target
+from glm5.reference.moe import moe_permute, moe_router, moe_unpermute
+from glm5.reference.norm import layer_norm, rms_norm
+from glm5.reference.rope import rope
+from glm5.reference.silu_mul import silu_mul
+from glm5.reference.sparse_mla import sparse_mla, sparse_mla_attn_target
+from glm5.reference.token_logprobs import token_logprobs
+from glm5.reference.topk_indices import topk_indices
 
-__all__ = ["rms_norm"]
+__all__ = [
+    "batched_linear",
+    "grouped_linear",
+    "indexer_kl_loss",
+    "layer_norm",
+    "lightning_indexer_kl",
+    "lightning_indexer_logits",
+    "lightning_indexer_topk",
+    "linear",
+    "mla_attention",
+    "mla_attn_target",
+    "moe_permute",
+    "moe_router",
+    "moe_unpermute",
+    "rms_norm",
+    "rope",
+    "rotate_hadamard",
+    "silu_mul",
+    "sparse_mla",
+    "sparse_mla_attn_target",
+    "token_logprobs",
+    "topk_indices",
+]
