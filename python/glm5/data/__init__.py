@@ -1,0 +1,7 @@
+"""From files to training batches. Knows nothing of models: a batch is a few flat integer tensors."""
+
+from glm5.data.batches import Batch, PackedDataset
+from glm5.data.corpus import Corpus, CorpusError, python_stdlib
+from glm5.data.tokenizer import ByteTokenizer
+
+__all__ = ["Batch", "ByteTokenizer", "Corpus", "CorpusError", "PackedDataset", "python_stdlib"]

@@ -1,0 +1,79 @@
+"""The shape of a recipe. Every key has a type, a range and a meaning; an unknown key is an error, never ignored."""
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelRecipe(_Strict):
+    preset: str = "tiny"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    overrides: dict[str, Any] = Field(default_factory=dict)  # fields of Glm5Config to change in the preset
+
+
+class DataRecipe(_Strict):
+    corpus: Literal["python-stdlib"] = "python-stdlib"
+    validation_one_in: int = Field(20, ge=2)
+
+
+class StageRecipe(_Strict):
+    """One stage of training. Learning rates are peaks; steps, never seconds, decide when anything happens."""
+
+    kind: Literal["pretrain", "dsa-warmup", "dsa-sparse"]
+    steps: PositiveInt
+    sequence_length: int = Field(1024, ge=2)
+    packs_per_step: PositiveInt = 8  # a step trains on packs_per_step * sequence_length tokens
+    muon_lr: PositiveFloat = 0.01
+    adamw_lr: PositiveFloat = 0.003
+    indexer_lr: PositiveFloat = 0.003
+    weight_decay: NonNegativeFloat = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    final_lr: NonNegativeFloat = 0.1  # as a fraction of the peak, reached at the last step
+    mtp_depth: int = Field(1, ge=0, le=8)
+    mtp_weight: NonNegativeFloat = 0.3
+    router_bias_rate: NonNegativeFloat = 0.001
+    checkpoint_every: PositiveInt = 25  # steps; keep it under 30 s of work
+    validate_every: PositiveInt = 100
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequence_length * self.packs_per_step
+
+
+class EvaluationRecipe(_Strict):
+    sequence_length: int = Field(1024, ge=2)
+    packs: PositiveInt = 64
+    packs_per_batch: PositiveInt = 8
+    sample_prompt: str = "def "
+    sample_tokens: NonNegativeInt = 240
+    sample_temperature: NonNegativeFloat = 0.7
+
+
+class Recipe(_Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # also the name of the run's folder
+    seed: NonNegativeInt = 0
+    threads: PositiveInt = 2
+    model: ModelRecipe
+    data: DataRecipe = DataRecipe()
+    stages: dict[str, StageRecipe]  # run in the order in which they are written
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_is_the_stage_name_by_default(cls, values):
+        stages = values.get("stages") if isinstance(values, dict) else None
+        if isinstance(stages, dict):
+            named = {n: ({"kind": n} | s if isinstance(s, dict) else s) for n, s in stages.items()}
+            return values | {"stages": named}
+        return values
+
+    def digest(self) -> str:
+        """Identifies the recipe: sha256 of its resolved content."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
