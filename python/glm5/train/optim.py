@@ -1,9 +1,10 @@
 """Muon with Muon Split, and AdamW: the two optimizers of GLM-5, on float32 master weights.
 
-Muon (Jordan 2024) replaces a matrix's momentum by the nearest matrix with orthonormal rows or columns, found by five Newton-Schulz
-steps. Muon Split (GLM-5 report, section 2.1) does so for each head of an up-projection by itself. Here a parameter is seen as a list of
-stacks of matrices ("split"), and all matrices of one shape in the whole model go through Newton-Schulz together: a small model has a
-hundred of them, and one batched product is several times faster than a hundred products.
+Muon (Jordan 2024) replaces a matrix's momentum by the nearest matrix with orthonormal rows or columns, found by five
+Newton-Schulz steps. Muon Split (GLM-5 report, section 2.1) does so for each head of an up-projection by itself. Here a
+parameter is seen as a list of stacks of matrices ("split"), and all matrices of one shape in the whole model go through
+Newton-Schulz together: a small model has a hundred of them, and one batched product is several times faster than a
+hundred products.
 
 Which parameter belongs to which optimizer is decided in ``parameters.py``, learning rates in ``schedule.py``.
 """
@@ -27,7 +28,8 @@ def newton_schulz(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
         steps: iterations.
 
     Returns:
-        [count, rows, columns]: U V^T of each matrix's singular value decomposition, with singular values between about 0.7 and 1.2.
+        [count, rows, columns]: U V^T of each matrix's singular value decomposition, with singular values between about
+        0.7 and 1.2.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT.contiguous() if tall else matrices.contiguous()
@@ -47,12 +49,8 @@ class _Optimizer:
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], weight_decay: float):
         self.parameters, self.weight_decay = parameters, weight_decay
-        self.masters = {
-            name: p.data if p.dtype == torch.float32 else p.data.float() for name, p in parameters.items()
-        }
-        self.state = {
-            slot: {name: torch.zeros_like(m) for name, m in self.masters.items()} for slot in self.slots
-        }
+        self.masters = {name: p.data if p.dtype == torch.float32 else p.data.float() for name, p in parameters.items()}
+        self.state = {slot: {name: torch.zeros_like(m) for name, m in self.masters.items()} for slot in self.slots}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """``slot/name -> tensor``: state, and the masters of parameters that are not float32 themselves."""
@@ -127,8 +125,8 @@ class AdamW(_Optimizer):
 class Muon(_Optimizer):
     """Momentum, Nesterov, Newton-Schulz, and an update whose RMS is ``0.2 lr`` for every matrix shape.
 
-    The last is Moonshot's rule (arXiv 2502.16982, eq. 4): ``0.2 sqrt(max(rows, columns))`` times the orthogonal matrix, so that AdamW's
-    learning rates carry over.
+    The last is Moonshot's rule (arXiv 2502.16982, eq. 4): ``0.2 sqrt(max(rows, columns))`` times the orthogonal matrix,
+    so that AdamW's learning rates carry over.
 
     Args:
         parameters: two or more dimensions each.

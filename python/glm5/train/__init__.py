@@ -1,0 +1,1 @@
+"""Training: the loop, the optimizers, checkpoints, and the stages that a recipe strings together."""
