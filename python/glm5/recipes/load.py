@@ -38,7 +38,9 @@ def load_recipe(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if path.suffix != ".toml":
         path = _FOLDER / f"{name}.toml"
         if not path.is_file():
-            raise RecipeError(f"no recipe called {name!r}; there are {', '.join(recipe_names())}, or give a path to a .toml file")
+            raise RecipeError(
+                f"no recipe called {name!r}; there are {', '.join(recipe_names())}, or give a path to a .toml file"
+            )
     try:
         values = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
