@@ -4,5 +4,6 @@ Each has a dense specification of the same name and signature in ``glm5.referenc
 """
 
 from glm5.ops.norm import rms_norm
+from glm5.ops.sparse_mla import sparse_mla, sparse_mla_attn_target
 
-__all__ = ["rms_norm"]
+__all__ = ["rms_norm", "sparse_mla", "sparse_mla_attn_target"]

@@ -1,0 +1,100 @@
+"""Sparse multi-head latent attention on the compiled kernels, its backward, and the indexer's teacher made from it.
+
+Which rows a query attends to is given; choosing them is ``lightning_indexer_topk``'s business.
+"""
+
+import torch
+
+from glm5 import _native  # noqa: F401  (registers the ops)
+from glm5.ops._checks import want_tensors
+
+
+def sparse_mla(
+    q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, scale: float, d_v: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every head to the latent rows that its query selected: MLA in its absorbed, multi-query form.
+
+    ``out[t, h] = sum_j softmax_j(scale * q[t, h] . kv[indices[t, j]]) * kv[indices[t, j], :d_v]``
+    (DeepSeek-V3.2, arXiv 2512.02556, section 2; GLM-5: 64 heads, 576 dims of which 512 are the value, 2048 rows a query).
+
+    Args:
+        q: [Tq, H, Dk], bfloat16, float32 or float64; any H.
+        kv: [Tk, Dk], dtype of q: one row a token, shared by all heads; its first ``d_v`` dims are the value.
+        indices: int32 [Tq, topk]; -1 selects nothing. Rows are processed in list order, in blocks of 64 list positions.
+        scale: factor of the scores.
+        d_v: dims of the value, 1 to Dk.
+
+    Returns:
+        out [Tq, H, d_v] in q's dtype and lse [Tq, H], the natural log of the sum of exponentials, in float32 (float64 for
+        float64). Where nothing is selected out = 0 and lse = +inf; a NaN score makes the head's lse and out NaN. A row
+        depends on its own q, list and selected rows alone, bit for bit; -1s at the end of a list change nothing.
+        Differentiable in q and kv, from out and from lse. Under CPU autocast q and kv are cast to its dtype.
+
+    Raises:
+        TypeError: q, kv or indices is not a tensor.
+        ValueError: wrong dtype, shape or device; d_v out of range; scale not finite; an index below -1 or >= Tk.
+    """
+    want_tensors("sparse_mla", q=q, kv=kv, indices=indices)
+    return torch.ops.glm5.sparse_mla(q, kv, indices, scale, d_v)
+
+
+def sparse_mla_attn_target(
+    q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, lse: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """What the attention attended to, the indexer's teacher in the sparse stage (DeepSeek-V3.2, eq. 3 to 5).
+
+    ``target[t, j]`` is the probability of row ``indices[t, j]`` summed over heads, divided by the sum over j.
+
+    Args:
+        q, kv, indices, scale: as given to ``sparse_mla``.
+        lse: [Tq, H] as returned by it.
+
+    Returns:
+        [Tq, topk], float32 (float64 for float64); 0 where the index is -1. Takes part in no gradient.
+
+    Raises:
+        TypeError: q, kv, indices or lse is not a tensor.
+        ValueError: wrong dtype, shape or device; scale not finite; an index below -1 or >= Tk.
+    """
+    want_tensors("sparse_mla_attn_target", q=q, kv=kv, indices=indices, lse=lse)
+    return torch.ops.glm5.sparse_mla_attn_target(q.detach(), kv.detach(), indices, lse.detach(), scale)
+
+
+def _acc_dtype(q):
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("glm5::sparse_mla")
+def _(q, kv, indices, scale, d_v):
+    return q.new_empty(q.shape[0], q.shape[1], d_v), q.new_empty(q.shape[0], q.shape[1], dtype=_acc_dtype(q))
+
+
+@torch.library.register_fake("glm5::sparse_mla_backward")
+def _(dout, dlse, q, kv, indices, lse, scale):
+    return q.new_empty(q.shape), kv.new_empty(kv.shape)
+
+
+@torch.library.register_fake("glm5::sparse_mla_attn_target")
+def _(q, kv, indices, lse, scale):
+    return q.new_empty(indices.shape, dtype=_acc_dtype(q))
+
+
+def _setup_context(ctx, inputs, output):
+    q, kv, indices, scale, d_v = inputs
+    ctx.save_for_backward(q, kv, indices, output[1])
+    ctx.scale, ctx.d_v = scale, d_v
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    q, kv, indices, lse = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return None, None, None, None, None
+    if dout is None:
+        dout = q.new_zeros(q.shape[0], q.shape[1], ctx.d_v)
+    dq, dkv = torch.ops.glm5.sparse_mla_backward(dout, dlse, q, kv, indices, lse, ctx.scale)
+    return dq, dkv, None, None, None
+
+
+torch.library.register_autograd("glm5::sparse_mla", _backward, setup_context=_setup_context)
+torch.library.register_autocast("glm5::sparse_mla", "cpu", torch.bfloat16)
