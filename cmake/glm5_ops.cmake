@@ -22,6 +22,7 @@ function(glm5_add_kernels target isa)
   target_compile_definitions(${target} PRIVATE GLM5_ISA=${isa} GLM5_ISA_LEVEL=${GLM5_LEVEL_${isa}})
   target_compile_options(${target} PRIVATE ${GLM5_FLAGS_${isa}})
   target_sources(glm5_ops PRIVATE $<TARGET_OBJECTS:${target}>)
+  add_dependencies(glm5_kernels ${target})
 endfunction()
 
 function(glm5_add_family family)

@@ -1,5 +1,7 @@
 """Shared fixtures: one thread, every instruction set this processor has, fixed seeds."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
@@ -7,7 +9,8 @@ import torch
 from glm5 import _native
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=20, derandomize=True, print_blob=True)
-hypothesis.settings.load_profile("default")
+hypothesis.settings.register_profile("few", hypothesis.settings.get_profile("default"), max_examples=3)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # With a busy neighbour two threads can be ten times slower than one.
 torch.set_num_threads(1)

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import torch
 
-_path = Path(__file__).parent / "libglm5_ops.so"
-if not _path.exists():
+import glm5
+
+library_path = next((p for d in glm5.__path__ if (p := Path(d, "libglm5_ops.so")).exists()), None)
+if library_path is None:
     raise ImportError(
-        f"glm5: the compiled ops are missing ({_path.name} next to {Path(__file__).name}). "
+        f"glm5: the compiled ops are missing (libglm5_ops.so in {' or '.join(glm5.__path__)}). "
         "In a checkout, build them with `make build`; otherwise reinstall the wheel."
     )
-torch.ops.load_library(str(_path))
-_lib = ctypes.CDLL(str(_path))
+torch.ops.load_library(str(library_path))
+_lib = ctypes.CDLL(str(library_path))
 for _name in ("glm5_cpu_isa", "glm5_cpu_best_isa", "glm5_path_counts", "glm5_last_error"):
     getattr(_lib, _name).restype = ctypes.c_char_p
 _lib.glm5_set_cpu_isa.argtypes = [ctypes.c_char_p]
