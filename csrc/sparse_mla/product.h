@@ -2,6 +2,7 @@
 // of C is one chain of fma over the depth, so that no tile shape, tail or neighbour changes its bits.
 #pragma once
 
+#include "common/parallel.h"
 #include "common/simd.h"
 
 namespace glm5::cpu::GLM5_ISA {
@@ -21,11 +22,19 @@ struct Product {
   const S* alpha;      // [rows], scale_add
 };
 
+template <int MR> GLM5_INLINE const char* path_name(bool wide, bool whole) {
+  if (MR == 6) return wide ? "sparse_mla wide tile 6" : whole ? "sparse_mla tile 6" : "sparse_mla masked tile 6";
+  if (MR == 4) return wide ? "sparse_mla wide tile 4" : whole ? "sparse_mla tile 4" : "sparse_mla masked tile 4";
+  if (MR == 2) return wide ? "sparse_mla wide tile 2" : whole ? "sparse_mla tile 2" : "sparse_mla masked tile 2";
+  return wide ? "sparse_mla wide tile 1" : whole ? "sparse_mla tile 1" : "sparse_mla masked tile 1";
+}
+
 template <class V, int MR, int NV, bool Gathered>
 GLM5_INLINE void tile(const Product<typename V::Scalar>& p, int64_t m0, int64_t n0, int64_t lanes, int64_t k0, int64_t k1) {
   using S = typename V::Scalar;
   constexpr int L = V::kLanes;
   const bool whole = NV > 1 || lanes == L;
+  GLM5_COUNT_PATH(path_name<MR>(NV > 1, whole));
   V acc[MR][NV];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)

@@ -1,13 +1,17 @@
 """Sparse MLA: against float64, row by row and list by list, on every instruction set."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm5 import ops
-from glm5.testing import RandomDraw, spec
+from glm5 import _native, ops, reference
+from glm5.testing import RandomDraw, relative_error, spec
+from glm5.testing.spec import complaints
 from tests.ops import properties
+from tests.ops.properties import same_bits
 
 SPARSE_MLA, TARGET = spec("sparse_mla"), spec("sparse_mla_attn_target")
 OPS = pytest.mark.parametrize("op", [SPARSE_MLA, TARGET], ids=lambda op: op.name)
@@ -38,6 +42,11 @@ def target_arguments(arguments):
     return {**{k: v for k, v in arguments.items() if k != "d_v"}, "lse": lse}
 
 
+def everything(arguments):
+    """out, lse, dq, dkv and target of one set of arguments."""
+    return [*properties.run_with_gradients(SPARSE_MLA, arguments), ops.sparse_mla_attn_target(**target_arguments(arguments))]
+
+
 @OPS
 @DTYPES
 class TestEveryOp:
@@ -46,3 +55,254 @@ class TestEveryOp:
 
     def test_thread_count_does_not_matter(self, isa, op, dtype):
         given(st.data())(lambda data: properties.assert_thread_count_does_not_matter(op, data, dtype))()
+
+
+@DTYPES
+class TestRowInvariance:
+    def test_a_row_depends_on_itself_alone(self, isa, dtype):
+        for heads in (1, 6, 20):
+            arguments = example(queries=9, heads=heads, dtype=dtype)
+            out, lse, dq, _, target = everything(arguments)
+            order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
+            shuffled = {**arguments, "q": arguments["q"][order], "indices": arguments["indices"][order]}
+            for whole, part in zip((out, lse, target), (everything(shuffled)[i] for i in (0, 1, 4)), strict=True):
+                assert same_bits(whole[order], part)
+            for row in range(9):
+                alone = {**arguments, "q": arguments["q"][row : row + 1], "indices": arguments["indices"][row : row + 1]}
+                got = ops.sparse_mla(**alone)
+                assert same_bits(out[row : row + 1], got[0]) and same_bits(lse[row : row + 1], got[1])
+                assert same_bits(target[row : row + 1], ops.sparse_mla_attn_target(**target_arguments(alone)))
+
+    def test_minus_one_at_the_end_of_a_list_changes_nothing(self, isa, dtype):
+        for topk in (1, 2, 15, 16, 17, 63, 64, 65, 100, 128, 129, 130):
+            arguments = example(topk=topk, dtype=dtype, seed=topk)
+            narrow = everything(arguments)
+            for extra in (1, 2, 31, 64, 200):
+                padding = torch.full((5, extra), -1, dtype=torch.int32)
+                wide = everything({**arguments, "indices": torch.cat([arguments["indices"], padding], 1)})
+                assert all(same_bits(a, b) for a, b in zip(narrow[:4], wide[:4], strict=True)), (topk, extra)
+                assert same_bits(narrow[4], wide[4][:, :topk].contiguous()) and not wide[4][:, topk:].any()
+
+    def test_a_document_may_lie_anywhere_in_the_pack(self, isa, dtype):
+        arguments = example(dtype=dtype)
+        at_0 = everything(arguments)
+        for shift in (1, 64, 1000):
+            before = torch.full((shift, 64), float("nan"), dtype=dtype)
+            moved = {
+                **arguments,
+                "kv": torch.cat([before, arguments["kv"], before]),
+                "indices": arguments["indices"] + shift,
+            }
+            out, lse, dq, dkv, target = everything(moved)
+            for a, b in zip(at_0, (out, lse, dq, dkv[shift : shift + 150].contiguous(), target), strict=True):
+                assert same_bits(a, b)
+            assert not dkv[:shift].any() and not dkv[shift + 150 :].any()
+
+    def test_strided_inputs(self, isa, dtype):
+        arguments = example(dtype=dtype)
+        strided = {
+            **arguments,
+            "q": arguments["q"].transpose(0, 1).contiguous().transpose(0, 1),
+            "kv": torch.cat([arguments["kv"]] * 2, 1)[:, :64],
+            "indices": arguments["indices"].T.contiguous().T,
+        }
+        assert all(same_bits(a, b) for a, b in zip(everything(arguments), everything(strided), strict=True))
+
+
+@DTYPES
+class TestEdges:
+    @pytest.mark.parametrize(
+        "heads, dim, d_v", [(1, 2, 1), (3, 17, 5), (4, 96, 64), (16, 576, 512), (64, 576, 512), (128, 40, 33)]
+    )
+    def test_any_shape(self, isa, dtype, heads, dim, d_v):
+        for topk in (1, 70):
+            arguments = example(queries=2, keys=90, heads=heads, dim=dim, d_v=d_v, topk=topk, dtype=dtype, seed=heads)
+            # With one key the gradient through the softmax is pure cancellation: only dkv and the outputs are judged.
+            names = ("kv",) if topk == 1 else ("q", "kv")
+            assert not complaints(replace(SPARSE_MLA, differentiable=names), ops.sparse_mla, arguments, dtype)
+            arguments = target_arguments(arguments)
+            assert not complaints(TARGET, ops.sparse_mla_attn_target, arguments, dtype)
+
+    def test_glm5_shape(self, isa, dtype):
+        arguments = example(queries=2, keys=5000, heads=64, dim=576, d_v=512, topk=2048, dtype=dtype)
+        assert not complaints(SPARSE_MLA, ops.sparse_mla, arguments, dtype)
+        assert not complaints(TARGET, ops.sparse_mla_attn_target, target_arguments(arguments), dtype)
+
+    def test_no_valid_key(self, isa, dtype):
+        for arguments in (example(dtype=dtype, valid=0), example(dtype=dtype, topk=0), example(dtype=dtype, keys=0)):
+            out, lse, dq, dkv, target = everything(arguments)
+            assert not out.any() and (lse == INF).all() and not dq.any() and not dkv.any() and not target.any()
+        arguments = example(dtype=dtype)
+        arguments["indices"][2] = -1
+        out, lse, dq, _, target = everything(arguments)
+        assert not out[2].any() and (lse[2] == INF).all() and not dq[2].any() and not target[2].any()
+        assert out[1].any() and torch.isfinite(lse[[0, 1, 3, 4]]).all()
+
+    def test_no_query(self, isa, dtype):
+        out, lse, dq, dkv, target = everything(example(queries=0, dtype=dtype))
+        assert out.shape == (0, 6, 48) and lse.shape == (0, 6) and dq.shape == (0, 6, 64) and target.shape == (0, 130)
+        assert not dkv.any()
+
+    def test_any_list_order_and_repeated_keys(self, isa, dtype):
+        arguments = example(queries=6, keys=40, dtype=dtype, topk=100)
+        generator = torch.Generator().manual_seed(5)
+        arguments["indices"] = torch.randint(-1, 40, (6, 100), generator=generator, dtype=torch.int32)
+        assert not complaints(SPARSE_MLA, ops.sparse_mla, arguments, dtype)
+        assert not complaints(TARGET, ops.sparse_mla_attn_target, target_arguments(arguments), dtype)
+
+    def test_nan_poisons_exactly_the_rows_that_see_it(self, isa, dtype):
+        arguments = example(keys=300, dtype=dtype, topk=70)
+        clean = ops.sparse_mla(**arguments)
+        clean_target = ops.sparse_mla_attn_target(**target_arguments(arguments))
+        row = int(arguments["indices"][1, 69])
+        arguments["kv"][row, 50] = float("nan")  # in the score's part of the row, not in the value's
+        sees = (arguments["indices"] == row).any(1)
+        assert sees.any() and not sees.all()
+        out, lse = ops.sparse_mla(**arguments)
+        target = ops.sparse_mla_attn_target(**target_arguments(arguments))
+        assert lse[sees].isnan().all() and out[sees].isnan().all() and target[sees].isnan().any(1).all()
+        for a, b in ((clean[0], out), (clean[1], lse), (clean_target, target)):
+            assert same_bits(a[~sees], b[~sees])
+
+    def test_nan_in_one_head_poisons_that_head(self, isa, dtype):
+        arguments = example(dtype=dtype)
+        clean = ops.sparse_mla(**arguments)
+        arguments["q"][3, 2, 0] = float("nan")
+        for a, b in zip(clean, ops.sparse_mla(**arguments), strict=True):
+            assert b[3, 2].isnan().all()
+            b[3, 2] = a[3, 2]
+            assert same_bits(a, b)
+
+    def test_scores_of_minus_infinity_carry_no_weight(self, isa, dtype):
+        arguments = example(dtype=dtype, topk=70)
+        arguments["q"][:, :, 63] = 1
+        arguments["kv"][:, 63] = 0
+        some = arguments["indices"][0, ::2].long()
+        arguments["kv"][some, 63] = -INF
+        for got, want in zip(ops.sparse_mla(**arguments), reference.sparse_mla(**arguments), strict=True):
+            assert relative_error(got, want.double()) < (6e-3 if dtype == torch.bfloat16 else 5e-6)
+        arguments["kv"][:, 63] = -INF
+        out, lse = ops.sparse_mla(**arguments)
+        assert not out.any() and (lse == INF).all()
+
+    def test_large_scores(self, isa, dtype):
+        arguments = example(dtype=dtype)
+        arguments["scale"] = 1000.0
+        out, lse = ops.sparse_mla(**arguments)
+        want_out, want_lse = reference.sparse_mla(**{k: v.double() if k in ("q", "kv") else v for k, v in arguments.items()})
+        assert torch.isfinite(out).all() and relative_error(lse, want_lse) < 1e-6
+        assert relative_error(out, want_out) < 2e-2  # the scores themselves are good to 1e-3 only
+
+    def test_the_target_sums_to_one(self, isa, dtype):
+        target = ops.sparse_mla_attn_target(**target_arguments(example(queries=20, dtype=dtype, valid=100)))
+        assert (target >= 0).all() and not target[:, 100:].any()
+        torch.testing.assert_close(target.sum(1), torch.ones(20))
+
+
+def test_the_target_takes_no_gradient():
+    arguments = target_arguments(example())
+    arguments["q"].requires_grad_()
+    assert not ops.sparse_mla_attn_target(**arguments).requires_grad
+
+
+def test_gradcheck():
+    arguments = example(queries=2, keys=9, heads=3, dim=5, d_v=3, topk=7, valid=5, dtype=torch.float64)
+    arguments["indices"][0, 1] = -1
+    rest = (arguments["indices"], 0.7, 3)
+    q, kv = arguments["q"].requires_grad_(), arguments["kv"].requires_grad_()
+    torch.autograd.gradcheck(lambda q, kv: ops.sparse_mla(q, kv, *rest), (q, kv))
+    torch.autograd.gradcheck(lambda q, kv: ops.sparse_mla(q, kv, *rest)[1], (q, kv))  # through lse alone
+
+
+def test_opcheck_compile_export():
+    arguments = example(queries=4, keys=30, heads=3, dim=16, d_v=8, topk=12)
+    leaves = [arguments["q"].clone().requires_grad_(), arguments["kv"].clone().requires_grad_(), arguments["indices"]]
+    properties.assert_opcheck(SPARSE_MLA, (*leaves, 0.25, 8))
+    properties.assert_opcheck(TARGET, (*leaves[:3], ops.sparse_mla(**arguments)[1], 0.25))
+    other = example(queries=7, keys=45, heads=3, dim=16, d_v=8, topk=12)
+    tokens, rows = torch.export.Dim("tokens"), torch.export.Dim("rows")
+    per_token = {0: tokens}
+    dynamic = {"q": per_token, "kv": {0: rows}, "indices": per_token, "lse": per_token}
+    properties.assert_compiles(SPARSE_MLA, arguments, other)
+    properties.assert_exports(SPARSE_MLA, arguments, dynamic)
+    properties.assert_compiles(TARGET, target_arguments(arguments), target_arguments(other))
+    properties.assert_exports(TARGET, target_arguments(arguments), dynamic)
+
+
+def test_backward_opcheck():
+    arguments = example(queries=4, keys=30, heads=3, dim=16, d_v=8, topk=12)
+    out, lse = ops.sparse_mla(**arguments)
+    rest = (arguments["q"], arguments["kv"], arguments["indices"], lse, arguments["scale"])
+    for dlse in (None, torch.randn_like(lse)):
+        torch.library.opcheck(torch.ops.glm5.sparse_mla_backward.default, (torch.randn_like(out), dlse, *rest))
+
+
+def test_autocast():
+    arguments = example()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = ops.sparse_mla(**arguments)
+    halved = {k: v.bfloat16() if k in ("q", "kv") else v for k, v in arguments.items()}
+    for got, want in zip((out, lse), ops.sparse_mla(**halved), strict=True):
+        assert same_bits(got, want)
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"q": [1.0]}, TypeError, "q is list"),
+        ({"q": torch.ones(5, 6, 64, dtype=torch.float16)}, ValueError, "q has dtype"),
+        ({"q": torch.ones(5, 384)}, ValueError, "q has shape"),
+        ({"q": torch.ones(5, 0, 64)}, ValueError, "at least one head"),
+        ({"kv": torch.ones(150, 64, dtype=torch.bfloat16)}, ValueError, "kv has dtype"),
+        ({"kv": torch.ones(150, 63)}, ValueError, "kv has shape"),
+        ({"indices": torch.zeros(5, 130, dtype=torch.int64)}, ValueError, "indices has dtype"),
+        ({"indices": torch.zeros(4, 130, dtype=torch.int32)}, ValueError, "indices has shape"),
+        (
+            {"indices": torch.full((5, 130), 150, dtype=torch.int32)},
+            ValueError,
+            r"indices\[0, 0\] is 150, want -1 .* to 149",
+        ),
+        ({"indices": torch.full((5, 130), -2, dtype=torch.int32)}, ValueError, r"indices\[0, 0\] is -2"),
+        ({"kv": torch.ones(0, 64)}, ValueError, "indices"),
+        ({"scale": float("nan")}, ValueError, "scale is nan"),
+        ({"d_v": 65}, ValueError, "d_v is 65"),
+        ({"d_v": 0}, ValueError, "d_v is 0"),
+    ],
+)
+def test_bad_input(change, error, words):
+    arguments = {**example(), **change}
+    with pytest.raises(error, match=words):
+        ops.sparse_mla(**arguments)
+    if not {"d_v", "q"} & set(change):
+        lse = torch.zeros(5, 6)
+        with pytest.raises(error, match=words):
+            ops.sparse_mla_attn_target(**{k: v for k, v in arguments.items() if k != "d_v"}, lse=lse)
+
+
+def test_bad_lse():
+    arguments = target_arguments(example())
+    for lse, words in ((torch.zeros(5, 7), "lse has shape"), (torch.zeros(5, 6, dtype=torch.float64), "lse has dtype")):
+        with pytest.raises(ValueError, match=words):
+            ops.sparse_mla_attn_target(**{**arguments, "lse": lse})
+
+
+def test_the_last_of_many_indices_is_checked(isa):
+    arguments = example(queries=300, keys=150, heads=1, dim=4, d_v=4)
+    arguments["indices"][299, 129] = 150
+    with pytest.raises(ValueError, match=r"indices\[299, 129\] is 150"):
+        ops.sparse_mla(**arguments)
+
+
+def test_every_tile_runs(isa):
+    """Shapes that reach every tile and tail of this instruction set's kernels; the tests above judge their numbers."""
+    with _native.counted_paths() as counts:
+        for dtype in (torch.bfloat16, torch.float32):
+            for heads in (1, 3, 6, 7, 64):
+                everything(example(heads=heads, dim=76, d_v=37, dtype=dtype))
+    missing = [name for name in _native_paths(isa) if not counts.get(name)]
+    assert not missing, f"{missing} of {sorted(counts)}"
+
+
+def _native_paths(isa):
+    rows = (6, 4, 2, 1) if isa != "portable" else (4, 2, 1)
+    return [f"sparse_mla {kind} {r}" for kind in ("wide tile", "tile", "masked tile") for r in rows]
