@@ -3,7 +3,8 @@
 Each has a dense specification of the same name and signature in ``glm5.reference``.
 """
 
+from glm5.ops.mla_attention import mla_attention, mla_attn_target
 from glm5.ops.norm import rms_norm
 from glm5.ops.sparse_mla import sparse_mla, sparse_mla_attn_target
 
-__all__ = ["rms_norm", "sparse_mla", "sparse_mla_attn_target"]
+__all__ = ["mla_attention", "mla_attn_target", "rms_norm", "sparse_mla", "sparse_mla_attn_target"]

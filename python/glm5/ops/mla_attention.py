@@ -1,0 +1,102 @@
+"""Dense multi-head latent attention, un-absorbed, on the compiled kernels, its backward, and the indexer's dense teacher.
+
+Projecting latents to per-head keys and values is the model's business; the sparse form is ``sparse_mla``.
+"""
+
+import torch
+
+from glm5 import _native  # noqa: F401  (registers the ops)
+from glm5.ops._checks import want_tensors
+
+
+def mla_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ks: torch.Tensor, ke: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every query to the keys in its range: MLA in its multi-head form (GLM-5: 64 heads, 256 and 256 dims).
+
+    ``out[t, h] = sum_s softmax_s(scale * q[t, h] . k[s, h]) * v[s, h]`` over ``ks[t] <= s < ke[t]``
+    (DeepSeek-V2, arXiv 2405.04434, eq. 9 to 19; GLM-5, arXiv 2602.15763, section 2.1).
+
+    Args:
+        q: [Tq, H, Dk], bfloat16, float32 or float64; any H.
+        k: [Tk, H, Dk], dtype of q.
+        v: [Tk, H, Dv], dtype of q.
+        ks, ke: int32 [Tq], each query's half-open range of keys, within [0, Tk]; empty where ks >= ke. Causal masks, packed
+            documents and chunked prefill are all such ranges. Keys are processed in blocks of 256 counted from ks.
+        scale: factor of the scores, finite.
+
+    Returns:
+        out [Tq, H, Dv] in q's dtype and lse [Tq, H], the natural log of the sum of exponentials, in float32 (float64 for
+        float64). An empty range, or one whose scores are all -inf, gives out = 0 and lse = +inf; a NaN score makes the
+        head's lse and out NaN. A row depends on its own q and on the keys and values of its range alone, bit for bit.
+        Differentiable in q, k and v, from out and from lse. Under CPU autocast q, k and v are cast to its dtype.
+
+    Raises:
+        TypeError: q, k, v, ks or ke is not a tensor.
+        ValueError: wrong dtype, shape or device; scale not finite; a non-empty range that leaves [0, Tk].
+    """
+    want_tensors("mla_attention", q=q, k=k, v=v, ks=ks, ke=ke)
+    return torch.ops.glm5.mla_attention(q, k, v, ks, ke, scale)
+
+
+def mla_attn_target(
+    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, ks: torch.Tensor, ke: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """What the dense attention attended to, the indexer's teacher in the warm-up stage (DeepSeek-V3.2, eq. 3).
+
+    ``target[t, s]`` is the probability of key s summed over heads, divided by the sum over s. The result is [Tq, Tk]:
+    training uses ``lightning_indexer_kl``, which never holds it.
+
+    Args:
+        q, k, ks, ke, scale: as given to ``mla_attention``.
+        lse: [Tq, H] as returned by it.
+
+    Returns:
+        [Tq, Tk], float32 (float64 for float64); 0 outside a query's range. Takes part in no gradient.
+
+    Raises:
+        TypeError: q, k, lse, ks or ke is not a tensor.
+        ValueError: wrong dtype, shape or device; scale not finite; a non-empty range that leaves [0, Tk].
+    """
+    want_tensors("mla_attn_target", q=q, k=k, lse=lse, ks=ks, ke=ke)
+    return torch.ops.glm5.mla_attn_target(q.detach(), k.detach(), lse.detach(), ks, ke, scale)
+
+
+def _acc_dtype(q):
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("glm5::mla_attention")
+def _(q, k, v, ks, ke, scale):
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[0], q.shape[1], dtype=_acc_dtype(q))
+
+
+@torch.library.register_fake("glm5::mla_attention_backward")
+def _(dout, dlse, q, k, v, lse, ks, ke, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.register_fake("glm5::mla_attn_target")
+def _(q, k, lse, ks, ke, scale):
+    return q.new_empty(q.shape[0], k.shape[0], dtype=_acc_dtype(q))
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, ks, ke, scale = inputs
+    ctx.save_for_backward(q, k, v, output[1], ks, ke)
+    ctx.scale = scale
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, lse, ks, ke = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return None, None, None, None, None, None
+    if dout is None:
+        dout = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    dq, dk, dv = torch.ops.glm5.mla_attention_backward(dout, dlse, q, k, v, lse, ks, ke, ctx.scale)
+    return dq, dk, dv, None, None, None
+
+
+torch.library.register_autograd("glm5::mla_attention", _backward, setup_context=_setup_context)
+torch.library.register_autocast("glm5::mla_attention", "cpu", torch.bfloat16)
