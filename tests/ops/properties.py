@@ -48,18 +48,17 @@ def assert_keeps_promise(op: OpSpec, data, dtype) -> None:
 
 def run_with_gradients(op: OpSpec, arguments: dict) -> list[torch.Tensor]:
     """Outputs, then the gradient of each differentiable argument for fixed cotangents."""
+    inputs = op.leaves(arguments)
     leaves = {
-        k: v.detach().clone().requires_grad_(k in op.differentiable) if isinstance(v, torch.Tensor) else v
-        for k, v in arguments.items()
+        k: v.detach().clone().requires_grad_(k in inputs) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()
     }
     outputs = as_tuple(getattr(ops, op.name)(**leaves))
-    inputs = [leaves[k] for k in op.differentiable if isinstance(leaves[k], torch.Tensor)]
     wanted = [o for o in outputs if o.requires_grad]
     if not inputs or not wanted:
         return list(outputs)
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in wanted]
-    return [*outputs, *torch.autograd.grad(wanted, inputs, cotangents)]
+    return [*outputs, *torch.autograd.grad(wanted, [leaves[k] for k in inputs], cotangents)]
 
 
 def assert_thread_count_does_not_matter(op: OpSpec, data, dtype) -> None:
@@ -75,7 +74,7 @@ def assert_thread_count_does_not_matter(op: OpSpec, data, dtype) -> None:
 def assert_gradcheck(op: OpSpec, seed: int) -> None:
     """torch.autograd.gradcheck of the public op in float64."""
     arguments = op.draw(RandomDraw(seed), torch.float64)
-    names = [k for k in op.differentiable if isinstance(arguments[k], torch.Tensor)]
+    names = list(op.leaves(arguments))
     rest = {k: v for k, v in arguments.items() if k not in names}
     leaves = [arguments[k].double().requires_grad_(True) for k in names]
     function = getattr(ops, op.name)

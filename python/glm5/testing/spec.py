@@ -15,6 +15,13 @@ import torch
 # ||out - ref|| / ||ref|| against float64 on the same (already rounded) inputs: (forward, backward).
 BUDGETS = {
     "exact": {torch.bfloat16: (3e-3, 5e-3), torch.float32: (1e-6, 1e-6), torch.float64: (1e-13, 1e-12)},
+    # Scores are float32 whatever their inputs are; gradients have their input's dtype.
+    "scores": {
+        torch.bfloat16: (1e-6, 5e-3),
+        torch.float32: (1e-6, 1e-6),
+        torch.float64: (1e-13, 1e-12),
+        torch.float8_e4m3fn: (1e-6, 0.0),
+    },
     "softmax": {torch.bfloat16: (3e-3, 5e-3), torch.float32: (5e-6, 5e-6), torch.float64: (1e-13, 1e-12)},
 }
 
@@ -69,6 +76,13 @@ class OpSpec:
     budget: str = "exact"
     dtypes: tuple = (torch.bfloat16, torch.float32)
     compare: Callable | None = None
+
+    def leaves(self, arguments: dict) -> tuple[str, ...]:
+        """Which of these arguments take a gradient: none where one is e4m3, training does not go through FP8 inputs."""
+        tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+        if any(t.dtype == torch.float8_e4m3fn for t in tensors.values()):
+            return ()
+        return tuple(k for k in self.differentiable if k in tensors)
 
 
 _SPECS: dict[str, OpSpec] = {}
@@ -128,14 +142,13 @@ def complaints(op: OpSpec, impl: Callable, arguments: dict, dtype: torch.dtype) 
     forward_budget, backward_budget = BUDGETS[op.budget][dtype]
     found = []
 
+    inputs = op.leaves(arguments)
     ours = {
-        k: v.detach().clone().requires_grad_(k in op.differentiable) if isinstance(v, torch.Tensor) else v
-        for k, v in arguments.items()
+        k: v.detach().clone().requires_grad_(k in inputs) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()
     }
     theirs = widened(arguments)
-    for name in op.differentiable:
-        if isinstance(theirs[name], torch.Tensor):
-            theirs[name].requires_grad_(True)
+    for name in inputs:
+        theirs[name].requires_grad_(True)
     got, want = as_tuple(impl(**ours)), as_tuple(reference(**theirs))
     if op.compare is not None:
         found += op.compare(got, want, arguments, dtype)
@@ -145,7 +158,6 @@ def complaints(op: OpSpec, impl: Callable, arguments: dict, dtype: torch.dtype) 
             if not error <= forward_budget:
                 found.append(f"output {i}: relative error {error:.3g}, budget {forward_budget:g}")
 
-    inputs = [k for k in op.differentiable if isinstance(ours[k], torch.Tensor)]
     outputs = [(g, w) for g, w in zip(got, want, strict=True) if w.requires_grad and g.requires_grad]
     if inputs and outputs:
         generator = torch.Generator().manual_seed(1)
