@@ -3,8 +3,21 @@
 Each has a dense specification of the same name and signature in ``glm5.reference``.
 """
 
+from glm5.ops.hadamard import rotate_hadamard
+from glm5.ops.lightning_indexer import lightning_indexer_logits, lightning_indexer_topk
 from glm5.ops.mla_attention import mla_attention, mla_attn_target
 from glm5.ops.norm import rms_norm
 from glm5.ops.sparse_mla import sparse_mla, sparse_mla_attn_target
+from glm5.ops.topk_indices import topk_indices
 
-__all__ = ["mla_attention", "mla_attn_target", "rms_norm", "sparse_mla", "sparse_mla_attn_target"]
+__all__ = [
+    "lightning_indexer_logits",
+    "lightning_indexer_topk",
+    "mla_attention",
+    "mla_attn_target",
+    "rms_norm",
+    "rotate_hadamard",
+    "sparse_mla",
+    "sparse_mla_attn_target",
+    "topk_indices",
+]

@@ -1,0 +1,38 @@
+// The lightning indexer (DeepSeek-V3.2, eq. 1): the contract between the binding and the kernels. Raw pointers, sizes in
+// elements, no torch. The score of key s for query t is sum_h weights[t,h] * relu(q[t,h] . k[s]) (* k_scale[s]).
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+
+namespace glm5 {
+
+struct LightningIndexerArgs {
+  int dtype;                // Dtype of q and k, or kE4m3; "real" below is double for float64, else float
+  int64_t num_queries, num_keys, num_heads, dim;
+  const void* q;            // [num_queries, num_heads, dim]
+  const void* k;            // [num_keys, dim]
+  const float* k_scale;     // [num_keys] or null
+  const void* weights;      // [num_queries, num_heads]        real
+  const int32_t* ks;        // [num_queries]                   keys of query t: [ks[t], ke[t])
+  const int32_t* ke;        // [num_queries]
+  void* scores;             // [num_queries, num_keys]         real; [num_queries, topk] for selected keys
+  int64_t topk;
+  int32_t* chosen;          // [num_queries, topk]             lightning_indexer_topk
+  void* lse;                // [num_queries]                   real; lightning_indexer_topk
+  const int32_t* indices;   // [num_queries, topk] or null     ascending, -1 padded: these keys alone
+  const void* grad;         // shape of scores, real           backward
+  void* dq;                 // [num_queries, num_heads, dim]   backward
+  void* dk;                 // [num_keys, dim]                 backward
+  void* dweights;           // [num_queries, num_heads], real  backward
+};
+
+inline constexpr int kE4m3 = 3;
+
+}  // namespace glm5
+
+GLM5_DECLARE_KERNEL(void lightning_indexer_logits(const LightningIndexerArgs& args);
+                    void lightning_indexer_selected_logits(const LightningIndexerArgs& args);
+                    void lightning_indexer_topk(const LightningIndexerArgs& args);
+                    void lightning_indexer_logits_backward(const LightningIndexerArgs& args))

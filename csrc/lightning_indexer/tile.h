@@ -1,0 +1,151 @@
+// The arithmetic that the indexer's forward and backward share: the dot products of one query's heads with a tile of up
+// to 64 keys. Keys lie in vector lanes: a tile is packed [step][key], a step being one element of the head dimension, or
+// a pair of bf16 elements where the set multiplies pairs (vdpbf16ps). A dot product is summed over steps in order, in its
+// own lane, so it does not depend on where in a tile its key lies or which heads share the registers.
+#pragma once
+
+#include "common/parallel.h"
+#include "common/simd.h"
+#include "lightning_indexer/lightning_indexer.h"
+
+namespace glm5::cpu::GLM5_ISA {
+
+struct e4m3 {
+  uint8_t bits;
+};
+
+// Exact: sign, 4 exponent bits (bias 7), 3 mantissa bits; 0x7f is NaN, no infinities.
+GLM5_INLINE float to_float(e4m3 x) {
+  const uint32_t magnitude = x.bits & 0x7fu, sign = static_cast<uint32_t>(x.bits & 0x80u) << 24;
+  uint32_t bits = (magnitude << 20) + (120u << 23);
+  if (magnitude == 0x7f) bits = 0x7fc00000u;
+  if (magnitude < 8) {
+    const float subnormal = static_cast<float>(magnitude) * 0x1p-9f;
+    std::memcpy(&bits, &subnormal, 4);
+  }
+  bits |= sign;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+namespace {
+
+constexpr int64_t kTileKeys = 64;
+
+GLM5_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+GLM5_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// What scores of storage type T are computed and stored as.
+template <class T> struct RealOf { using Type = float; };
+template <> struct RealOf<double> { using Type = double; };
+template <class T> using Real = typename RealOf<T>::Type;
+
+template <class T> struct Packing {
+  using Element = Real<T>;
+  static int64_t steps(int64_t dim) { return dim; }
+  GLM5_INLINE static Element element(const T* row, int64_t, int64_t step) { return to_float(row[step]); }
+};
+
+#if GLM5_ISA_LEVEL == 2
+template <class T> struct PairPacking {
+  using Element = uint32_t;
+  static int64_t steps(int64_t dim) { return (dim + 1) / 2; }
+  GLM5_INLINE static uint32_t bits(bf16 x) { return x.bits; }
+  GLM5_INLINE static uint32_t bits(e4m3 x) {
+    const float y = to_float(x);
+    uint32_t b;
+    std::memcpy(&b, &y, 4);
+    return b >> 16;
+  }
+  GLM5_INLINE static Element element(const T* row, int64_t dim, int64_t step) {
+    return bits(row[2 * step]) | (2 * step + 1 < dim ? bits(row[2 * step + 1]) << 16 : 0u);
+  }
+};
+template <> struct Packing<bf16> : PairPacking<bf16> {};
+template <> struct Packing<e4m3> : PairPacking<e4m3> {};
+#endif
+
+template <class T> using Element = typename Packing<T>::Element;
+
+// Packs `count` keys, row `first + i` or `indices[i]` of k as key i; missing keys are zero.
+template <class T>
+void pack_keys(const T* k, const int32_t* indices, int64_t first, int64_t count, int64_t dim, Element<T>* packed) {
+  const int64_t steps = Packing<T>::steps(dim);
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = k + (indices ? indices[i] : first + i) * dim;
+    for (int64_t s = 0; s < steps; ++s) packed[s * kTileKeys + i] = Packing<T>::element(row, dim, s);
+  }
+  if (count < kTileKeys)
+    for (int64_t s = 0; s < steps; ++s)
+      std::memset(packed + s * kTileKeys + count, 0, sizeof(*packed) * (kTileKeys - count));
+}
+
+// The heads of one query as [head][step]: in place where storage already is that, else in `buffer`.
+template <class T>
+const Element<T>* pack_heads(const T* q, int64_t num_heads, int64_t dim, Element<T>* buffer) {
+  if constexpr (sizeof(T) == sizeof(Element<T>)) {
+    (void)num_heads, (void)dim, (void)buffer;
+    return reinterpret_cast<const Element<T>*>(q);
+  } else {
+    if constexpr (sizeof(T) == 2 && sizeof(Element<T>) == 4 && GLM5_ISA_LEVEL == 2)
+      if (dim % 2 == 0 && reinterpret_cast<uintptr_t>(q) % 4 == 0) return reinterpret_cast<const Element<T>*>(q);
+    const int64_t steps = Packing<T>::steps(dim);
+    for (int64_t h = 0; h < num_heads; ++h)
+      for (int64_t s = 0; s < steps; ++s) buffer[h * steps + s] = Packing<T>::element(q + h * dim, dim, s);
+    return buffer;
+  }
+}
+
+#if GLM5_ISA_LEVEL == 2
+struct PairLanes {
+  __m512i v;
+};
+GLM5_INLINE PairLanes load_step(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+GLM5_INLINE PairLanes splat_step(const uint32_t* p) { return {_mm512_set1_epi32(static_cast<int>(*p))}; }
+GLM5_INLINE F multiply_add(PairLanes a, PairLanes b, F c) {
+  return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+}
+#endif
+GLM5_INLINE F load_step(const float* p) { return load(p); }
+GLM5_INLINE F splat_step(const float* p) { return splat<F>(*p); }
+GLM5_INLINE F multiply_add(F a, F b, F c) { return fma(a, b, c); }
+#if GLM5_ISA_LEVEL == 0
+GLM5_INLINE D load_step(const double* p) { return load(p); }
+GLM5_INLINE D splat_step(const double* p) { return splat<D>(*p); }
+GLM5_INLINE D multiply_add(D a, D b, D c) { return fma(a, b, c); }
+#endif
+
+// Register block: kHeads heads x kVectors vectors of keys, as much as the registers hold.
+constexpr int kHeads = 4;
+constexpr int kVectors = GLM5_ISA_LEVEL == 2 ? 4 : 2;
+
+// dots[h][v] = heads[h] . keys, for NH heads of a query and NV vectors of keys.
+template <int NH, int NV, class E, class V>
+GLM5_INLINE void dot_products(const E* heads, int64_t steps, const E* keys, V (&dots)[NH][NV]) {
+  constexpr int L = V::kLanes;
+#pragma GCC unroll 8
+  for (int h = 0; h < NH; ++h)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) dots[h][v] = splat<V>(0);
+  for (int64_t s = 0; s < steps; ++s) {
+    decltype(load_step(keys)) key[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) key[v] = load_step(keys + s * kTileKeys + v * L);
+#pragma GCC unroll 8
+    for (int h = 0; h < NH; ++h) {
+      const auto head = splat_step(heads + h * steps + s);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) dots[h][v] = multiply_add(head, key[v], dots[h][v]);
+    }
+  }
+}
+
+#if GLM5_ISA_LEVEL == 0
+#define GLM5_INDEXER_DOUBLE(fn) else if (args.dtype == 2) fn<double>(args);
+#else
+#define GLM5_INDEXER_DOUBLE(fn)
+#endif
+
+}  // namespace
+}  // namespace glm5::cpu::GLM5_ISA

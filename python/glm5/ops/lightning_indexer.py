@@ -1,0 +1,128 @@
+"""The lightning indexer of DeepSeek Sparse Attention on the compiled kernels: scores, their backward, the streamed top-k.
+
+Projections, RoPE, the Hadamard rotation and quantisation are the caller's; so are all scales but ``k_scale``.
+"""
+
+import torch
+
+from glm5 import _native  # noqa: F401  (registers the ops)
+from glm5.ops._checks import want_tensors
+
+
+def lightning_indexer_logits(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    weights: torch.Tensor,
+    ks: torch.Tensor,
+    ke: torch.Tensor,
+) -> torch.Tensor:
+    """``I[t,s] = k_scale[s] * sum_h weights[t,h] * relu(q[t,h] . k[s])`` (DeepSeek-V3.2, eq. 1), -inf outside [ks, ke).
+
+    Args:
+        q: [Tq, H, D], bfloat16, float32, float64 or float8_e4m3fn. Any H and D.
+        k: [Tk, D], dtype of q; one key shared by all heads.
+        k_scale: [Tk] float32 with float8_e4m3fn keys, or None (1). e4m3 values are computed with exactly, as bf16.
+        weights: [Tq, H] float32 (float64 for float64); softmax scale, q's scale and the like are folded in by the caller.
+        ks, ke: int32 [Tq], the keys [ks, ke) that each query sees, 0 <= ks and ke <= Tk. ke <= ks is an empty range.
+
+    Returns:
+        [Tq, Tk] float32 (float64 for float64). A score depends on its query and its key alone: the sums over D and H have
+        a fixed order. Differentiable in q, k and weights (not for e4m3).
+
+    Raises:
+        TypeError: q, k, weights, ks or ke is not a tensor.
+        ValueError: wrong dtype, shape or device, k_scale with keys that are not e4m3, ks < 0, ke > Tk.
+    """
+    want_tensors("lightning_indexer_logits", q=q, k=k, weights=weights, ks=ks, ke=ke)
+    return torch.ops.glm5.lightning_indexer_logits(q, k, k_scale, weights, ks, ke)
+
+
+def lightning_indexer_topk(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    weights: torch.Tensor,
+    ks: torch.Tensor,
+    ke: torch.Tensor,
+    topk: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``topk_indices(lightning_indexer_logits(...), topk, ks, ke)``, bit for bit, without ever holding [Tq, Tk].
+
+    Working memory: a strip of a few rows of scores for each thread.
+
+    Args:
+        q, k, k_scale, weights, ks, ke: as in ``lightning_indexer_logits``.
+        topk: how many keys, >= 0; it may exceed Tk.
+
+    Returns:
+        indices, int32 [Tq, topk], ascending, padded with -1; and lse [Tq], float32 (float64 for float64): the natural log
+        of the sum of exp(score) over all keys in [ks, ke), summed in an order counted from ks. lse is +inf where no key
+        scores above -inf, NaN where a key scores NaN. Neither output carries a gradient: train the indexer through
+        ``lightning_indexer_logits`` or ``lightning_indexer_kl``.
+
+    Raises:
+        TypeError, ValueError: as ``lightning_indexer_logits``; topk < 0.
+    """
+    want_tensors("lightning_indexer_topk", q=q, k=k, weights=weights, ks=ks, ke=ke)
+    return torch.ops.glm5.lightning_indexer_topk(q.detach(), k.detach(), k_scale, weights.detach(), ks, ke, topk)
+
+
+def _real(q):
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("glm5::lightning_indexer_logits")
+def _(q, k, k_scale, weights, ks, ke):
+    return q.new_empty((q.shape[0], k.shape[0]), dtype=_real(q))
+
+
+@torch.library.register_fake("glm5::lightning_indexer_selected_logits")
+def _(q, k, weights, indices):
+    return q.new_empty(indices.shape, dtype=_real(q))
+
+
+@torch.library.register_fake("glm5::lightning_indexer_topk")
+def _(q, k, k_scale, weights, ks, ke, topk):
+    return q.new_empty((q.shape[0], topk), dtype=torch.int32), q.new_empty((q.shape[0],), dtype=_real(q))
+
+
+@torch.library.register_fake("glm5::lightning_indexer_logits_backward")
+def _(grad, q, k, weights, ks, ke, indices=None):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, weights))
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, k_scale, weights, ks, ke = inputs
+    ctx.save_for_backward(q, k, weights, ks, ke)
+
+
+def _backward(ctx, grad):
+    q, k, weights, ks, ke = ctx.saved_tensors
+    dq, dk, dweights = torch.ops.glm5.lightning_indexer_logits_backward(grad, q, k, weights, ks, ke)
+    return dq, dk, None, dweights, None, None
+
+
+torch.library.register_autograd("glm5::lightning_indexer_logits", _backward, setup_context=_setup_context)
+
+
+# Autocast casts q and k, the operands of the matrix product; weights stay as they are, so register_autocast, which casts
+# every tensor, does not fit.
+_library = torch.library.Library("glm5", "FRAGMENT")
+
+
+def _register_autocast(name):
+    op = getattr(torch.ops.glm5, name).default
+
+    def autocast(q, k, *rest):
+        if q.dtype == torch.float32 and k.dtype in (torch.float32, torch.bfloat16) or k.dtype == torch.float32:
+            dtype = torch.get_autocast_dtype("cpu")
+            q, k = q.to(dtype), k.to(dtype)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+            return op(q, k, *rest)
+
+    _library.impl(name, autocast, "AutocastCPU")
+
+
+for _name in ("lightning_indexer_logits", "lightning_indexer_topk"):
+    _register_autocast(_name)

@@ -1,0 +1,34 @@
+"""Deterministic top-k selection on the compiled kernels."""
+
+import torch
+
+from glm5 import _native  # noqa: F401  (registers the ops)
+from glm5.ops._checks import want_tensors
+
+
+def topk_indices(
+    scores: torch.Tensor, k: int, ks: torch.Tensor | None = None, ke: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Columns of the k largest scores of each row, in ascending order of column.
+
+    Ties go to the lower column, -0.0 ties with +0.0, NaN and -inf are never selected.
+
+    Args:
+        scores: [rows, cols], bfloat16, float32 or float64.
+        k: how many columns, >= 0; it may exceed cols.
+        ks, ke: int32 [rows]; only columns in [ks, ke) compete. None stands for 0 and for cols. ke <= ks is an empty range.
+
+    Returns:
+        int32 [rows, k], padded with -1 where fewer than k columns can be selected. Not differentiable.
+
+    Raises:
+        TypeError: scores is not a tensor.
+        ValueError: wrong dtype, shape or device, k < 0, ks < 0, ke > cols.
+    """
+    want_tensors("topk_indices", scores=scores)
+    return torch.ops.glm5.topk_indices(scores.detach(), k, ks, ke)
+
+
+@torch.library.register_fake("glm5::topk_indices")
+def _(scores, k, ks=None, ke=None):
+    return scores.new_empty((scores.shape[0], k), dtype=torch.int32)

@@ -1,0 +1,65 @@
+"""Specs of the lightning indexer."""
+
+import torch
+
+from glm5 import reference
+from glm5.testing.spec import BUDGETS, OpSpec, register, relative_error, widened
+from glm5.testing.topk_indices import draw_ranges
+
+_DTYPES = (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
+
+
+def _draw_logits(draw, dtype):
+    queries, keys = draw.choice([0, 1, 3, 16, 17, 40]), draw.choice([0, 1, 15, 64, 65, 130, 300])
+    heads, dim = draw.choice([1, 2, 3, 4, 7, 32, 128]), draw.choice([1, 3, 16, 33, 64, 128])
+    scale = draw.choice([0.1, 1.0, 4.0])
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    arguments = {
+        "q": draw.tensor(queries, heads, dim, dtype=torch.float32, scale=scale).clamp(-400, 400).to(dtype),
+        "k": draw.tensor(keys, dim, dtype=torch.float32).clamp(-400, 400).to(dtype),
+        "k_scale": None,
+        "weights": draw.tensor(queries, heads, dtype=real),
+    }
+    if dtype == torch.float8_e4m3fn and draw.integer(0, 3):
+        arguments["k_scale"] = draw.tensor(keys, dtype=torch.float32).abs() + 0.01
+    arguments["ks"], arguments["ke"] = draw_ranges(draw, queries, keys)
+    return arguments
+
+
+def _draw_topk(draw, dtype):
+    return {**_draw_logits(draw, dtype), "topk": draw.choice([0, 1, 16, 64, 400])}
+
+
+def _valid_choice(got, want, arguments, dtype):
+    """Every chosen score reaches the true k-th score and none above it is missing, both within the score budget."""
+    indices, lse = got
+    topk = arguments["topk"]
+    found = []
+    error = relative_error(lse, want[1])
+    if not error <= BUDGETS["softmax"][torch.float32][0]:
+        found.append(f"lse: relative error {error:.3g}")
+    theirs = widened(arguments)
+    theirs.pop("topk")
+    scores = reference.lightning_indexer_logits(**theirs)
+    visible = scores[scores > float("-inf")]
+    slack = BUDGETS["scores"][torch.float32][0] * visible.norm().item() if visible.numel() else 0.0
+    for row, (chosen, score) in enumerate(zip(indices.tolist(), scores, strict=True)):
+        candidates = int((score > float("-inf")).sum())
+        keys = [key for key in chosen if key >= 0]
+        if chosen != sorted(set(keys)) + [-1] * (topk - len(keys)) or len(keys) != min(topk, candidates):
+            found.append(f"query {row}: not ascending, padded with -1, of the right count")
+            continue
+        if not keys:
+            continue
+        kth = score.sort(descending=True).values[len(keys) - 1]
+        missing = score.clone()
+        missing[keys] = float("-inf")
+        if score[keys].min() < kth - slack or missing.max() > kth + slack:
+            found.append(f"query {row}: a better key than those chosen")
+    return found
+
+
+register(
+    OpSpec("lightning_indexer_logits", _draw_logits, differentiable=("q", "k", "weights"), budget="scores", dtypes=_DTYPES)
+)
+register(OpSpec("lightning_indexer_topk", _draw_topk, budget="scores", dtypes=_DTYPES, compare=_valid_choice))

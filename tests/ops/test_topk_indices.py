@@ -1,0 +1,92 @@
+"""Top-k selection: exactly the reference's choice whatever the values, on every instruction set."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glm5 import ops, reference
+from glm5.testing import spec
+from tests.ops import properties
+
+SPEC = spec("topk_indices")
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=["bf16", "f32", "f64"])
+INF, NAN = float("inf"), float("nan")
+
+
+@DTYPES
+def test_chooses_what_the_reference_chooses(isa, dtype):
+    def chooses(data):
+        arguments = SPEC.draw(properties.HypothesisDraw(data), dtype)
+        assert torch.equal(ops.topk_indices(**arguments), reference.topk_indices(**arguments))
+
+    given(st.data())(chooses)()
+
+
+def test_thread_count_does_not_matter(isa):
+    given(st.data())(lambda data: properties.assert_thread_count_does_not_matter(SPEC, data, torch.float32))()
+
+
+@pytest.mark.parametrize(
+    "scores, k, chosen",
+    [
+        ([3.0, 1.0, 2.0], 2, [0, 2]),
+        ([1.0, 1.0, 1.0, 1.0], 2, [0, 1]),
+        ([0.0, -0.0, 0.0], 2, [0, 1]),
+        ([-0.0, 0.0, -1.0], 1, [0]),
+        ([NAN, 1.0, -INF, 2.0], 4, [1, 3, -1, -1]),
+        ([NAN, -NAN, -INF], 2, [-1, -1]),
+        ([INF, 1.0, INF, INF], 2, [0, 2]),
+        ([-3.4028234663852886e38, -INF], 2, [0, -1]),
+        ([1e-45, 0.0, -1e-45], 1, [0]),
+        ([5.0], 0, []),
+        ([], 3, [-1, -1, -1]),
+    ],
+)
+def test_pinned_choices(isa, scores, k, chosen):
+    got = ops.topk_indices(torch.tensor([scores]), k)
+    assert got.dtype == torch.int32 and got.tolist() == [chosen]
+
+
+def test_ranges(isa):
+    scores = torch.arange(10.0).expand(5, 10)
+    ks, ke = (torch.tensor(t, dtype=torch.int32) for t in ([0, 3, 5, 10, 7], [10, 6, 5, 10, 2]))
+    want = [[6, 7, 8, 9], [3, 4, 5, -1], [-1] * 4, [-1] * 4, [-1] * 4]
+    assert ops.topk_indices(scores, 4, ks, ke).tolist() == want
+
+
+def test_opcheck_compile_export():
+    scores, ks, ke = torch.randn(4, 50), torch.zeros(4, dtype=torch.int32), torch.full((4,), 40, dtype=torch.int32)
+    properties.assert_opcheck(SPEC, (scores, 8, ks, ke))
+    properties.assert_compiles(
+        SPEC,
+        {"scores": scores, "k": 8, "ks": ks, "ke": ke},
+        {"scores": torch.randn(7, 60), "k": 8, "ks": torch.zeros(7, dtype=torch.int32), "ke": torch.ones(7).int()},
+    )
+    rows = torch.export.Dim("rows")
+    properties.assert_exports(
+        SPEC,
+        {"scores": scores, "k": 8, "ks": ks, "ke": ke},
+        {"scores": {0: rows, 1: torch.export.Dim("cols")}, "ks": {0: rows}, "ke": {0: rows}},
+    )
+
+
+ROW = torch.zeros(2, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ((torch.ones(2, 3), -1), ValueError, "k is -1"),
+        ((torch.ones(3), 1), ValueError, "scores has shape"),
+        ((torch.ones(2, 3, dtype=torch.int32), 1), ValueError, "scores has dtype"),
+        ((torch.ones(2, 3), 1, ROW.long(), ROW), ValueError, "ks has dtype"),
+        ((torch.ones(3, 3), 1, ROW, ROW), ValueError, "ks has shape"),
+        ((torch.ones(2, 3), 1, ROW - 1, ROW), ValueError, "ks is -1 in row 0"),
+        ((torch.ones(2, 3), 1, ROW, ROW + 4), ValueError, "ke is 4 in row 0"),
+        (([1.0], 1), TypeError, "scores is list"),
+    ],
+)
+def test_bad_input(arguments, error, words):
+    with pytest.raises(error, match=words):
+        ops.topk_indices(*arguments)
