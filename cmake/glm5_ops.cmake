@@ -1,6 +1,6 @@
-# glm5_add_family(NAME): adds csrc/NAME to glm5_ops. binding.cpp is compiled once; every other .cpp of the folder holds
-# kernels and is compiled once per instruction set, each time in the namespace glm5::cpu::<set>. A file named
-# amx*.cpp is compiled for AMX alone (namespace glm5::cpu::amx, on top of the AVX-512 flags).
+# glm5_add_family(NAME): adds csrc/NAME to glm5_ops. binding.cpp, where there is one, is compiled once; every other .cpp of
+# the folder holds kernels and is compiled once per instruction set, each time in the namespace glm5::cpu::<set>. A file
+# named amx*.cpp is compiled for AMX alone (namespace glm5::cpu::amx, on top of the AVX-512 flags).
 set(GLM5_FLAGS_portable "")
 set(GLM5_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
 set(GLM5_FLAGS_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mavx512vbmi -mavx2 -mfma
@@ -26,16 +26,19 @@ function(glm5_add_kernels target isa)
 endfunction()
 
 function(glm5_add_family family)
-  target_sources(glm5_ops PRIVATE "csrc/${family}/binding.cpp")
+  if(EXISTS "${CMAKE_SOURCE_DIR}/csrc/${family}/binding.cpp")
+    target_sources(glm5_ops PRIVATE "csrc/${family}/binding.cpp")
+  endif()
+  string(REPLACE "/" "_" name "${family}")
   file(GLOB kernels CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/csrc/${family}/*.cpp")
   list(FILTER kernels EXCLUDE REGEX "/binding\\.cpp$")
   set(amx_kernels ${kernels})
   list(FILTER amx_kernels INCLUDE REGEX "/amx[^/]*\\.cpp$")
   list(FILTER kernels EXCLUDE REGEX "/amx[^/]*\\.cpp$")
   foreach(isa IN LISTS GLM5_ISAS)
-    glm5_add_kernels(glm5_${family}_${isa} ${isa} ${kernels})
+    glm5_add_kernels(glm5_${name}_${isa} ${isa} ${kernels})
   endforeach()
   if(amx_kernels AND "avx512" IN_LIST GLM5_ISAS)
-    glm5_add_kernels(glm5_${family}_amx amx ${amx_kernels})
+    glm5_add_kernels(glm5_${name}_amx amx ${amx_kernels})
   endif()
 endfunction()

@@ -1,0 +1,444 @@
+// The packed matrix product (contract and summation order: gemm.h). B is packed into panels of one vector of columns, A
+// into rows; a microkernel keeps up to kMaxRows x kMaxPanels accumulators in registers, lanes along the columns.
+#include "common/gemm/gemm.h"
+
+#include "common/parallel.h"
+#include "common/simd.h"
+
+namespace glm5::cpu::GLM5_ISA {
+namespace {
+
+#if GLM5_ISA_LEVEL == 2
+constexpr int kMaxRows = 12, kMaxPanels = 2;  // 24 accumulators, 2 of B, 1 of A, of 32 registers
+#elif GLM5_ISA_LEVEL == 1
+constexpr int kMaxRows = 6, kMaxPanels = 2;   // 12 + 2 + 1 of 16
+#else
+constexpr int kMaxRows = 4, kMaxPanels = 2;
+#endif
+constexpr int kScratchTasks = 4, kScratchA = 5, kScratchB = 6, kScratchC = 7;
+constexpr int64_t kPackedBytes = 256 << 10;   // of A and of B each: both stay in a 1 MB L2 beside the C tile
+
+// ---- How elements of type T become steps of the inner loop --------------------------------------------------------
+// A step is one Scalar-sized slot of a packed row: one element, or (AVX-512 bf16) a pair of neighbours along k.
+
+template <class T>
+struct Plain {
+  using V = Vector<T>;
+  using S = Acc<T>;
+  static constexpr int kPerStep = 1;
+  // Up to kLanes steps along contiguous k.
+  static GLM5_INLINE V along(const T* p, int64_t k_left) { return load_n(p, k_left); }
+  // One step of up to kLanes neighbours along m or n.
+  static GLM5_INLINE V across(const T* p, int64_t, int64_t, int64_t lanes) { return load_n(p, lanes); }
+  static GLM5_INLINE S one(const T* p, int64_t, int64_t) { return static_cast<S>(to_float(*p)); }
+  static GLM5_INLINE V step(V a, V b, V c) { return fma(a, b, c); }
+};
+
+#if GLM5_ISA_LEVEL == 2
+struct Pairs {
+  using V = F;
+  using S = float;
+  static constexpr int kPerStep = 2;
+  static GLM5_INLINE F along(const bf16* p, int64_t k_left) {
+    const __mmask32 mask = k_left >= 32 ? 0xffffffffu : (1u << k_left) - 1u;
+    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p))};
+  }
+  static GLM5_INLINE F across(const bf16* p, int64_t k_stride, int64_t k_left, int64_t lanes) {
+    const __mmask16 mask = first_n(lanes);
+    const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
+    if (k_left < 2) return {_mm512_castsi512_ps(even)};
+    const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p + k_stride));
+    return {_mm512_castsi512_ps(_mm512_or_si512(even, _mm512_slli_epi32(odd, 16)))};
+  }
+  static GLM5_INLINE float one(const bf16* p, int64_t k_stride, int64_t k_left) {
+    const uint32_t bits = p[0].bits | (k_left < 2 ? 0u : static_cast<uint32_t>(p[k_stride].bits) << 16);
+    float pair;
+    std::memcpy(&pair, &bits, 4);
+    return pair;
+  }
+  static GLM5_INLINE F step(F a, F b, F c) {
+    return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(b.v), reinterpret_cast<__m512bh>(a.v))};
+  }
+};
+#endif
+
+template <class T> struct KindFor { using Type = Plain<T>; };
+#if GLM5_ISA_LEVEL == 2
+template <> struct KindFor<bf16> { using Type = Pairs; };
+#endif
+
+// ---- Packing ------------------------------------------------------------------------------------------------------
+
+// r[i][j] <-> r[j][i].
+#if GLM5_ISA_LEVEL == 2
+GLM5_INLINE void transpose(F (&r)[16]) {
+  __m512 t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
+  }
+  __m512 u[16];  // u[4 q + j]: 128-bit lane l holds column 4 l + j of rows 4 q .. 4 q + 3
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    const __m512d t0 = _mm512_castps_pd(t[4 * q]), t1 = _mm512_castps_pd(t[4 * q + 1]);
+    const __m512d t2 = _mm512_castps_pd(t[4 * q + 2]), t3 = _mm512_castps_pd(t[4 * q + 3]);
+    u[4 * q] = _mm512_castpd_ps(_mm512_unpacklo_pd(t0, t2));
+    u[4 * q + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(t0, t2));
+    u[4 * q + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(t1, t3));
+    u[4 * q + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(t1, t3));
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 a = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88), b = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88), d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
+    r[j].v = _mm512_shuffle_f32x4(a, c, 0x88);
+    r[8 + j].v = _mm512_shuffle_f32x4(a, c, 0xdd);
+    r[4 + j].v = _mm512_shuffle_f32x4(b, d, 0x88);
+    r[12 + j].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+#elif GLM5_ISA_LEVEL == 1
+GLM5_INLINE void transpose(F (&r)[8]) {
+  __m256 u[8];
+#pragma GCC unroll 2
+  for (int q = 0; q < 2; ++q) {
+    const __m256 t0 = _mm256_unpacklo_ps(r[4 * q].v, r[4 * q + 1].v), t1 = _mm256_unpackhi_ps(r[4 * q].v, r[4 * q + 1].v);
+    const __m256 t2 = _mm256_unpacklo_ps(r[4 * q + 2].v, r[4 * q + 3].v);
+    const __m256 t3 = _mm256_unpackhi_ps(r[4 * q + 2].v, r[4 * q + 3].v);
+    u[4 * q] = _mm256_shuffle_ps(t0, t2, 0x44);
+    u[4 * q + 1] = _mm256_shuffle_ps(t0, t2, 0xee);
+    u[4 * q + 2] = _mm256_shuffle_ps(t1, t3, 0x44);
+    u[4 * q + 3] = _mm256_shuffle_ps(t1, t3, 0xee);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    r[j].v = _mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
+    r[4 + j].v = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
+  }
+}
+#else
+template <class V, int L>
+GLM5_INLINE void transpose(V (&r)[L]) {
+  for (int i = 0; i < L; ++i)
+    for (int j = 0; j < i; ++j) {
+      const auto t = r[i].v[j];
+      r[i].v[j] = r[j].v[i];
+      r[j].v[i] = t;
+    }
+}
+#endif
+
+// kLanes steps of one line (a row of A or a column of B), elements k_stride apart; elements past k_count give zero.
+template <class T, class K>
+GLM5_INLINE typename K::V read_line(const T* p, int64_t k_stride, int64_t k_count) {
+  constexpr int L = K::V::kLanes;
+  if (k_stride == 1) return K::along(p, k_count);
+  typename K::S buffer[L];
+  for (int s = 0; s < L; ++s) {
+    const int64_t k = s * K::kPerStep;
+    buffer[s] = k < k_count ? K::one(p + k * k_stride, k_stride, k_count - k) : 0;
+  }
+  return load(buffer);
+}
+
+// kLanes neighbouring lines, line_stride apart; lines past num_lines give zero.
+template <class T, class K, int L>
+GLM5_INLINE void read_lines(const T* p, int64_t line_stride, int64_t k_stride, int64_t num_lines, int64_t k_count,
+                            typename K::V (&r)[L]) {
+  if (k_stride == 1 && num_lines >= L) {
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) r[i] = K::along(p + i * line_stride, k_count);
+    return;
+  }
+  for (int i = 0; i < L; ++i)
+    r[i] = i < num_lines ? read_line<T, K>(p + i * line_stride, k_stride, k_count) : splat<typename K::V>(0);
+}
+
+// dst[panel][step][lane], panels panel_size apart: columns of B to the lanes.
+template <class T, class K>
+void pack_panels(const T* b, int64_t k_stride, int64_t n_stride, int64_t k_count, int64_t n_count, int64_t panel_size,
+                 typename K::S* dst) {
+  using V = typename K::V;
+  constexpr int L = V::kLanes;
+  const int64_t steps = (k_count + K::kPerStep - 1) / K::kPerStep;
+  for (int64_t n = 0; n < n_count; n += L) {
+    typename K::S* panel = dst + n / L * panel_size;
+    if (n_stride == 1) {
+      for (int64_t s = 0; s < steps; ++s)
+        store(panel + s * L, K::across(b + n + s * K::kPerStep * k_stride, k_stride, k_count - s * K::kPerStep, n_count - n));
+      continue;
+    }
+    for (int64_t s = 0; s < steps; s += L) {
+      V r[L];
+      read_lines<T, K, L>(b + n * n_stride + s * K::kPerStep * k_stride, n_stride, k_stride, n_count - n,
+                          k_count - s * K::kPerStep, r);
+      transpose(r);
+      const int64_t left = steps - s;
+      if (left >= L) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) store(panel + (s + i) * L, r[i]);
+      } else {
+        for (int i = 0; i < L; ++i)
+          if (i < left) store(panel + (s + i) * L, r[i]);
+      }
+    }
+  }
+}
+
+// dst[row][step], rows row_size apart.
+template <class T, class K>
+void pack_rows(const T* a, int64_t m_stride, int64_t k_stride, int64_t k_count, int64_t m_count, int64_t row_size,
+               typename K::S* dst) {
+  using V = typename K::V;
+  constexpr int L = V::kLanes;
+  const int64_t steps = (k_count + K::kPerStep - 1) / K::kPerStep;
+  if (m_stride == 1 && k_stride != 1) {
+    for (int64_t m = 0; m < m_count; m += L)
+      for (int64_t s = 0; s < steps; s += L) {
+        V r[L];
+        for (int i = 0; i < L; ++i) {
+          const int64_t k = (s + i) * K::kPerStep;
+          r[i] = k < k_count ? K::across(a + m + k * k_stride, k_stride, k_count - k, m_count - m) : splat<V>(0);
+        }
+        transpose(r);
+        for (int i = 0; i < L; ++i)
+          if (m + i < m_count) store(dst + (m + i) * row_size + s, r[i]);
+      }
+    return;
+  }
+  for (int64_t m = 0; m < m_count; ++m)
+    for (int64_t s = 0; s < steps; s += L)
+      store(dst + m * row_size + s,
+            read_line<T, K>(a + m * m_stride + s * K::kPerStep * k_stride, k_stride, k_count - s * K::kPerStep));
+}
+
+// ---- Microkernel --------------------------------------------------------------------------------------------------
+
+template <class S>
+GLM5_INLINE S load_step(const char* p) {
+  S s;
+  std::memcpy(&s, p, sizeof(S));
+  return s;
+}
+
+// out[row][panel][lane] = sum over steps, from zero. a: rows a_row bytes apart; b: panels panel_size slots apart.
+template <class K, int kRows, int kPanels>
+void multiply(int64_t steps, const char* a, int64_t a_row, const typename K::S* b, int64_t panel_size,
+              typename K::S* out) {
+  using V = typename K::V;
+  using S = typename K::S;
+  constexpr int L = V::kLanes;
+  V c[kRows][kPanels];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kPanels; ++j) c[i][j] = splat<V>(0);
+  for (int64_t s = 0; s < steps; ++s) {
+    V bv[kPanels];
+#pragma GCC unroll 4
+    for (int j = 0; j < kPanels; ++j) bv[j] = load(b + j * panel_size + s * L);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const V av = splat<V>(load_step<S>(a + i * a_row + s * static_cast<int64_t>(sizeof(S))));
+#pragma GCC unroll 4
+      for (int j = 0; j < kPanels; ++j) c[i][j] = K::step(av, bv[j], c[i][j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kPanels; ++j) store(out + (i * kPanels + j) * L, c[i][j]);
+}
+
+template <class K>
+using Multiply = void (*)(int64_t, const char*, int64_t, const typename K::S*, int64_t, typename K::S*);
+
+template <class K, int kRows>
+GLM5_INLINE void run_multiply(int rows, int panels, int64_t steps, const char* a, int64_t a_row,
+                              const typename K::S* b, int64_t panel_size, typename K::S* out) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) {
+      if (panels == 2) multiply<K, kRows, 2>(steps, a, a_row, b, panel_size, out);
+      else multiply<K, kRows, 1>(steps, a, a_row, b, panel_size, out);
+    } else {
+      run_multiply<K, kRows - 1>(rows, panels, steps, a, a_row, b, panel_size, out);
+    }
+  }
+}
+
+constexpr const char* kPathNames[2][12] = {
+    {"gemm 1x1", "gemm 2x1", "gemm 3x1", "gemm 4x1", "gemm 5x1", "gemm 6x1", "gemm 7x1", "gemm 8x1", "gemm 9x1",
+     "gemm 10x1", "gemm 11x1", "gemm 12x1"},
+    {"gemm 1x2", "gemm 2x2", "gemm 3x2", "gemm 4x2", "gemm 5x2", "gemm 6x2", "gemm 7x2", "gemm 8x2", "gemm 9x2",
+     "gemm 10x2", "gemm 11x2", "gemm 12x2"}};
+
+// One row of a block's sums, `cols` of them: joins the earlier blocks' sums and, after the last block, the bias.
+template <class T, class V, class S>
+void finish_row(const S* sums, int64_t cols, const S* earlier, S* partial, const T* bias, void* out,
+                            bool out_is_accumulator) {
+  constexpr int L = V::kLanes;
+  for (int64_t n = 0; n < cols; n += L) {
+    const int64_t left = cols - n;
+    V v = load(sums + n);
+    if (earlier) v = load_n(earlier + n, left) + v;
+    if (partial) {
+      store_n(partial + n, v, left);
+      continue;
+    }
+    if (bias) v = v + load_n(bias + n, left);
+    if (out_is_accumulator) store_n(static_cast<S*>(out) + n, v, left);
+    else store_n(static_cast<T*>(out) + n, v, left);
+  }
+}
+
+// ---- One tile: rows [m0, m1), columns [n0, n1), all of k ------------------------------------------------------------
+
+template <class T>
+void run_tile(const GemmArgs& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+  using K = typename KindFor<T>::Type;
+  using V = typename K::V;
+  using S = typename K::S;
+  constexpr int L = V::kLanes;
+  const T* a = static_cast<const T*>(g.a) + m0 * g.a_row;
+  const T* b = static_cast<const T*>(g.b) + n0 * g.b_col;
+  const T* bias = g.bias ? static_cast<const T*>(g.bias) + n0 : nullptr;
+  const bool out_is_accumulator = sizeof(T) == sizeof(S) || g.out_dtype != g.dtype;
+  const size_t out_size = out_is_accumulator ? sizeof(S) : sizeof(T);
+  char* c = static_cast<char*>(g.c) + (m0 * g.c_row + n0) * out_size;
+  const int64_t rows = m1 - m0, cols = n1 - n0, num_panels = (cols + L - 1) / L;
+
+  const int64_t max_steps = (g.k < kGemmBlockK ? g.k : kGemmBlockK) / K::kPerStep + L;
+  // One vector more than a block, so that rows and panels do not all fall into the same cache sets.
+  const int64_t row_size = (max_steps + L - 1) / L * L + 64 / sizeof(S), panel_size = max_steps * L + 64 / sizeof(S);
+  S* packed_b = static_cast<S*>(thread_scratch(kScratchB, num_panels * panel_size * sizeof(S)));
+  S* packed_a = static_cast<S*>(thread_scratch(kScratchA, rows * row_size * sizeof(S)));
+  // Sums of the blocks so far: in c itself where it has their type.
+  S* partial = nullptr;
+  int64_t partial_row = g.c_row;
+  if (out_is_accumulator) {
+    partial = reinterpret_cast<S*>(c);
+  } else if (g.k > kGemmBlockK) {
+    partial = static_cast<S*>(thread_scratch(kScratchC, rows * cols * sizeof(S)));
+    partial_row = cols;
+  }
+  alignas(64) S sums[kMaxRows * kMaxPanels * L];
+
+  for (int64_t k0 = 0; k0 == 0 || k0 < g.k; k0 += kGemmBlockK) {
+    const int64_t k_count = g.k - k0 < kGemmBlockK ? g.k - k0 : kGemmBlockK;
+    const int64_t steps = (k_count + K::kPerStep - 1) / K::kPerStep;
+    const bool joins = k0 > 0 || g.accumulate, last = k0 + kGemmBlockK >= g.k;
+    pack_panels<T, K>(b + k0 * g.b_row, g.b_row, g.b_col, k_count, cols, panel_size, packed_b);
+    const char* rows_a = reinterpret_cast<const char*>(a + k0 * g.a_col);
+    int64_t rows_a_stride = g.a_row * static_cast<int64_t>(sizeof(T));
+    // Few rows are read where they are, if their elements already look like steps.
+    if (!(rows <= kMaxRows && g.a_col == 1 && sizeof(T) * K::kPerStep == sizeof(S) && k_count % K::kPerStep == 0)) {
+      pack_rows<T, K>(a + k0 * g.a_col, g.a_row, g.a_col, k_count, rows, row_size, packed_a);
+      rows_a = reinterpret_cast<const char*>(packed_a);
+      rows_a_stride = row_size * static_cast<int64_t>(sizeof(S));
+      GLM5_COUNT_PATH("gemm packed A");
+    } else {
+      GLM5_COUNT_PATH("gemm direct A");
+    }
+
+    const int64_t row_groups = (rows + kMaxRows - 1) / kMaxRows;
+    for (int64_t group = 0; group < row_groups; ++group) {
+      const int64_t r0 = group * rows / row_groups, r1 = (group + 1) * rows / row_groups;
+      for (int64_t p = 0; p < num_panels; p += kMaxPanels) {
+        const int panels = num_panels - p < kMaxPanels ? static_cast<int>(num_panels - p) : kMaxPanels;
+        GLM5_COUNT_PATH(kPathNames[panels - 1][r1 - r0 - 1]);
+        run_multiply<K, kMaxRows>(static_cast<int>(r1 - r0), panels, steps, rows_a + r0 * rows_a_stride, rows_a_stride,
+                                  packed_b + p * panel_size, panel_size, sums);
+        const int64_t n = p * L, tile_cols = cols - n < panels * L ? cols - n : panels * L;
+        for (int64_t r = r0; r < r1; ++r)
+          finish_row<T, V, S>(sums + (r - r0) * panels * L, tile_cols,
+                              joins ? partial + r * partial_row + n : nullptr,
+                              last ? nullptr : partial + r * partial_row + n, bias ? bias + n : nullptr,
+                              c + (r * g.c_row + n) * out_size, out_is_accumulator);
+      }
+    }
+  }
+}
+
+// ---- Cutting products into tiles ------------------------------------------------------------------------------------
+
+struct Tiling {
+  int64_t rows, cols;           // of a full tile
+  int64_t row_tiles, col_tiles;
+};
+
+template <class T>
+Tiling tiling(const GemmArgs& g, int64_t wanted) {
+  using K = typename KindFor<T>::Type;
+  constexpr int64_t L = K::V::kLanes, kPair = L * kMaxPanels;
+  const int64_t line = (kGemmBlockK / K::kPerStep) * static_cast<int64_t>(sizeof(typename K::S));
+  const int64_t max_rows = kPackedBytes / line / kMaxRows * kMaxRows, max_cols = kPackedBytes / line / kPair * kPair;
+  Tiling t;
+  t.rows = max_rows;
+  t.cols = max_cols;
+  const auto tiles = [&] { return ((g.m + t.rows - 1) / t.rows) * ((g.n + t.cols - 1) / t.cols); };
+  // Smaller tiles where there would be too few to share out: columns first while there are few rows to re-pack B for.
+  while (tiles() < wanted && (t.cols > kPair || t.rows > kMaxRows)) {
+    if (t.cols > kPair && (t.cols >= t.rows || t.rows <= kMaxRows || g.m <= t.rows / 2)) t.cols = (t.cols / kPair + 1) / 2 * kPair;
+    else t.rows = (t.rows / kMaxRows + 1) / 2 * kMaxRows;
+  }
+  t.row_tiles = (g.m + t.rows - 1) / t.rows;
+  t.col_tiles = (g.n + t.cols - 1) / t.cols;
+  return t;
+}
+
+template <class T>
+void run_products(const GemmArgs* products, int64_t count) {
+  // first_task[i]: how many tiles the products before i have.
+  int64_t* first_task = static_cast<int64_t*>(thread_scratch(kScratchTasks, (count + 1) * sizeof(int64_t)));
+  const int64_t threads = num_threads(), wanted = threads == 1 ? 1 : (4 * threads + count - 1) / count;
+  first_task[0] = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Tiling t = tiling<T>(products[i], wanted);
+    first_task[i + 1] = first_task[i] + t.row_tiles * t.col_tiles;
+  }
+  parallel_tasks(first_task[count], [&](int64_t task) {
+    int64_t low = 0, high = count - 1;
+    while (low < high) {
+      const int64_t middle = (low + high + 1) / 2;
+      if (first_task[middle] <= task) low = middle;
+      else high = middle - 1;
+    }
+    const GemmArgs& g = products[low];
+    const Tiling t = tiling<T>(g, wanted);
+    const int64_t tile = task - first_task[low], row = tile % t.row_tiles, col = tile / t.row_tiles;
+    const int64_t m1 = (row + 1) * t.rows, n1 = (col + 1) * t.cols;
+    run_tile<T>(g, row * t.rows, m1 < g.m ? m1 : g.m, col * t.cols, n1 < g.n ? n1 : g.n);
+  });
+}
+
+template <class T>
+void run_serial(const GemmArgs& g) {
+  const Tiling t = tiling<T>(g, 1);
+  for (int64_t tile = 0; tile < t.row_tiles * t.col_tiles; ++tile) {
+    const int64_t row = tile % t.row_tiles, col = tile / t.row_tiles;
+    const int64_t m1 = (row + 1) * t.rows, n1 = (col + 1) * t.cols;
+    run_tile<T>(g, row * t.rows, m1 < g.m ? m1 : g.m, col * t.cols, n1 < g.n ? n1 : g.n);
+  }
+}
+
+}  // namespace
+
+void gemm(const GemmArgs* products, int64_t count) {
+  if (count <= 0) return;
+  if (products->dtype == 0) run_products<bf16>(products, count);
+  else if (products->dtype == 1) run_products<float>(products, count);
+#if GLM5_ISA_LEVEL == 0
+  else run_products<double>(products, count);
+#endif
+}
+
+void gemm_serial(const GemmArgs& product) {
+  if (product.dtype == 0) run_serial<bf16>(product);
+  else if (product.dtype == 1) run_serial<float>(product);
+#if GLM5_ISA_LEVEL == 0
+  else run_serial<double>(product);
+#endif
+}
+
+}  // namespace glm5::cpu::GLM5_ISA

@@ -1,0 +1,250 @@
+"""The matrix products: against float64, row by row, on every instruction set, through every microkernel."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glm5 import _native, ops, reference
+from glm5.testing import RandomDraw, relative_error, spec
+from tests.ops import properties
+from tests.ops.properties import same_bits
+
+OPS = [spec("linear"), spec("batched_linear"), spec("grouped_linear")]
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "float32"])
+
+
+def gaussian(seed, *shape, dtype):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+class TestEveryProduct:
+    def test_keeps_its_promise(self, isa, op, dtype):
+        given(st.data())(lambda data: properties.assert_keeps_promise(op, data, dtype))()
+
+    def test_thread_count_does_not_matter(self, isa, op, dtype):
+        settings(max_examples=8)(
+            given(st.data())(lambda data: properties.assert_thread_count_does_not_matter(op, data, dtype))
+        )()
+
+
+@DTYPES
+@pytest.mark.parametrize("inner", [1, 31, 64, 513, 1100])
+def test_a_row_depends_on_itself_alone(isa, dtype, inner):
+    x, w, bias = gaussian(0, 300, inner, dtype=dtype), gaussian(1, 75, inner, dtype=dtype), gaussian(2, 75, dtype=dtype)
+    whole = ops.linear(x, w, bias)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    assert same_bits(whole[order], ops.linear(x[order], w, bias))
+    for rows in range(1, 40):  # every number of rows a microkernel can hold, at changing starts
+        start = 5 * rows
+        assert same_bits(whole[start : start + rows], ops.linear(x[start : start + rows], w, bias)), rows
+    for out in (1, 2, 15, 16, 17, 31, 33, 74):  # and a column depends on its row of w alone
+        assert same_bits(whole[:40, :out], ops.linear(x[:40], w[:out], bias[:out])), out
+        assert same_bits(whole[:3, :out], ops.linear(x[:3], w[:out], bias[:out])), out
+    with properties.threads(2):
+        assert same_bits(whole, ops.linear(x, w, bias))
+
+
+@DTYPES
+def test_large_products_tile_without_a_trace(isa, dtype):
+    """More rows and columns than a tile holds: still the bits of one row on its own."""
+    x, w = gaussian(0, 530, 640, dtype=dtype), gaussian(1, 530, 640, dtype=dtype)
+    whole = ops.linear(x, w)
+    for row in (0, 119, 120, 239, 240, 529):
+        assert same_bits(whole[row : row + 1], ops.linear(x[row : row + 1], w))
+    assert relative_error(whole, reference.linear(x.double(), w.double())) < (3e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+@DTYPES
+def test_all_products_share_one_order(isa, dtype):
+    """A head of batched_linear and a group of grouped_linear have the bits of linear: the model may use either."""
+    x, w = gaussian(0, 37, 3, 600, dtype=dtype), gaussian(1, 3, 40, 600, dtype=dtype)
+    batched = ops.batched_linear(x, w)
+    for head in range(3):
+        assert same_bits(batched[:, head], ops.linear(x[:, head], w[head]))
+    rows = gaussian(2, 37, 600, dtype=dtype)
+    grouped = ops.grouped_linear(rows, w, torch.tensor([5, 5, 30], dtype=torch.int32))
+    assert same_bits(grouped[:5], ops.linear(rows[:5], w[0]))
+    assert same_bits(grouped[5:30], ops.linear(rows[5:30], w[2]))
+    assert same_bits(grouped[30:], torch.zeros(7, 40, dtype=dtype))
+    # The gradient of x too: its rows are products with w transposed.
+    dy = gaussian(3, 37, 40, dtype=dtype)
+    dx = torch.ops.glm5.linear_dx(dy, w[0])
+    assert same_bits(dx[7:9], torch.ops.glm5.linear_dx(dy[7:9], w[0]))
+    assert same_bits(dx, ops.linear(dy, w[0].T.contiguous()))
+
+
+def test_float32_output_of_bf16_input(isa):
+    x, w = gaussian(0, 29, 700, dtype=torch.bfloat16), gaussian(1, 50, 700, dtype=torch.bfloat16)
+    bias = gaussian(2, 50, dtype=torch.bfloat16)
+    wide = ops.linear(x, w, bias, out_dtype=torch.float32)
+    assert wide.dtype == torch.float32
+    assert relative_error(wide, reference.linear(x.double(), w.double(), bias.double())) < 1e-6
+    assert same_bits(wide.bfloat16(), ops.linear(x, w, bias)), "one rounding of the same sum"
+    assert same_bits(wide[3:4], ops.linear(x[3:4], w, bias, out_dtype=torch.float32))
+    x.requires_grad_()
+    ops.linear(x, w, None, torch.float32).sum().backward()
+    assert x.grad.dtype == torch.bfloat16
+
+
+def test_long_sums_stay_accurate(isa):
+    x, w = gaussian(0, 4, 100_003, dtype=torch.float32), gaussian(1, 5, 100_003, dtype=torch.float32)
+    assert relative_error(ops.linear(x, w), reference.linear(x.double(), w.double())) < 1e-6
+    dy, tall = gaussian(2, 100_003, 3, dtype=torch.float32), gaussian(3, 100_003, 4, dtype=torch.float32)
+    assert relative_error(torch.ops.glm5.linear_dw(dy, tall), dy.double().T @ tall.double()) < 1e-6
+    assert relative_error(torch.ops.glm5.linear_dbias(dy), dy.double().sum(0)) < 1e-6
+
+
+@DTYPES
+def test_values_that_poison_stay_in_their_row(isa, dtype):
+    x, w = gaussian(0, 14, 101, dtype=dtype), gaussian(1, 35, 101, dtype=dtype)
+    clean = ops.linear(x, w)
+    x[3, 100], x[7, 0] = float("nan"), float("inf")
+    got = ops.linear(x, w)
+    assert got[3].isnan().all() and not got[7].isfinite().any()
+    rest = [r for r in range(14) if r not in (3, 7)]
+    assert same_bits(got[rest], clean[rest])
+    w[34, 100] = float("inf")
+    assert same_bits(ops.linear(x, w)[rest, :34], clean[rest, :34])
+
+
+@DTYPES
+def test_slices_of_wider_tensors(isa, dtype):
+    wide_x, wide_w = gaussian(0, 20, 300, dtype=dtype), gaussian(1, 30, 400, dtype=dtype)
+    x, w = wide_x[:, 7:160], wide_w[:, 11:164]
+    assert same_bits(ops.linear(x, w), ops.linear(x.contiguous(), w.contiguous()))
+    assert same_bits(
+        ops.linear(wide_x[::2, ::2], wide_w[:, 0:150]), ops.linear(wide_x[::2, ::2].clone(), wide_w[:, :150].clone())
+    )
+    assert same_bits(
+        ops.linear(wide_x.T[:20], wide_w[:, :20]), ops.linear(wide_x.T[:20].contiguous(), wide_w[:, :20].contiguous())
+    )
+    heads = wide_x.view(20, 3, 100)[:, :, 5:71]
+    w3 = gaussian(2, 3, 9, 80, dtype=dtype)[:, :, 3:69]
+    assert same_bits(ops.batched_linear(heads, w3), ops.batched_linear(heads.contiguous(), w3.contiguous()))
+
+
+def test_every_microkernel_runs(isa):
+    """Every register tile of this instruction set, with rows of A packed and read in place."""
+    rows = {"portable": 4, "avx2": 6}.get(isa, 12)
+    seen = {}
+    for dtype in (torch.float32,):
+        for m in range(1, rows + 1):
+            x, w = gaussian(m, m, 70, dtype=dtype), gaussian(99, 80, 70, dtype=dtype)
+            with _native.counted_paths() as counts:
+                got = ops.linear(x, w)
+                narrow = ops.linear(x, w[:3])
+            seen.update(counts)
+            want = reference.linear(x.double(), w.double())
+            assert relative_error(got, want) < 1e-6 and relative_error(narrow, want[:, :3]) < 1e-6
+    with _native.counted_paths() as counts:
+        ops.linear(gaussian(0, 13, 5, dtype=torch.float32), gaussian(1, 3, 5, dtype=torch.float32))
+    seen.update(counts)
+    wanted = {f"gemm {m}x{n}" for m in range(1, rows + 1) for n in (1, 2)} | {"gemm direct A", "gemm packed A"}
+    assert wanted <= seen.keys(), wanted - seen.keys()
+
+
+def test_only_the_gradients_asked_for_are_computed():
+    x, w = torch.randn(5, 8), torch.randn(6, 8, requires_grad=True)
+    calls = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    y = ops.linear(x, w).sum()
+    with Watch():
+        y.backward()
+    assert "glm5::linear_dw" in calls and "glm5::linear_dx" not in calls
+
+
+def test_autocast():
+    x, w = torch.randn(5, 8), torch.randn(6, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.linear(x, w)
+    assert same_bits(y, ops.linear(x.bfloat16(), w.bfloat16()))
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_gradcheck(op):
+    for seed in (1, 5, 11):
+        arguments = op.draw(RandomDraw(seed), torch.float64)
+        small = {k: v for k, v in arguments.items()}
+        inner = min(arguments["w"].shape[-1], 6)
+        small["x"], small["w"] = arguments["x"][:9, ..., :inner], arguments["w"][..., :5, :inner]
+        if small.get("bias") is not None:
+            small["bias"] = arguments["bias"][: small["w"].shape[0]]
+        if "group_ends" in small:
+            small["group_ends"] = small["group_ends"].clamp(max=small["x"].shape[0])
+        names = [k for k in op.differentiable if small.get(k) is not None]
+        rest = {k: v for k, v in small.items() if k not in names}
+        leaves = [small[k].contiguous().requires_grad_() for k in names]
+        function = getattr(ops, op.name)
+        assert torch.autograd.gradcheck(
+            lambda *a, f=function, n=names, r=rest: f(**dict(zip(n, a, strict=True)), **r), leaves, atol=1e-5
+        )
+
+
+EXAMPLES = {
+    "linear": lambda m: {"x": torch.randn(m, 16), "w": torch.randn(9, 16), "bias": torch.randn(9)},
+    "batched_linear": lambda m: {"x": torch.randn(m, 3, 16), "w": torch.randn(3, 9, 16)},
+    "grouped_linear": lambda m: {
+        "x": torch.randn(m, 16),
+        "w": torch.randn(2, 9, 16),
+        "group_ends": torch.tensor([3, 6], dtype=torch.int32),
+    },
+}
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_opcheck_compile_export(op):
+    arguments, other = EXAMPLES[op.name](7), EXAMPLES[op.name](11)
+    leaves = [v.clone().requires_grad_(v.is_floating_point()) for v in arguments.values()]
+    properties.assert_opcheck(op, tuple(leaves))
+    properties.assert_compiles(op, arguments, other)
+    properties.assert_exports(op, arguments, {"x": {0: torch.export.Dim("tokens")}})
+
+
+f32, bf16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda: ops.linear(torch.ones(2, 3), torch.ones(4, 5)), ValueError, "w has shape .* want size 3"),
+        (lambda: ops.linear(torch.ones(2, 3), torch.ones(4, 3, dtype=bf16)), ValueError, "w has dtype"),
+        (lambda: ops.linear(torch.ones(2, 3), torch.ones(4, 3), torch.ones(3)), ValueError, "bias has shape"),
+        (lambda: ops.linear(torch.ones(3), torch.ones(4, 3)), ValueError, "x has shape .* want 2 dimensions"),
+        (lambda: ops.linear(torch.ones(2, 3, dtype=torch.int32), torch.ones(4, 3)), ValueError, "x has dtype"),
+        (lambda: ops.linear(torch.ones(2, 3), torch.ones(4, 3), None, bf16), ValueError, "out_dtype is BFloat16"),
+        (lambda: ops.linear([1.0], torch.ones(4, 3)), TypeError, "x is list"),
+        (lambda: ops.batched_linear(torch.ones(2, 3, 4), torch.ones(2, 5, 4)), ValueError, "w has shape .* want size 3"),
+        (lambda: ops.batched_linear(torch.ones(2, 4), torch.ones(2, 5, 4)), ValueError, "want 3 dimensions"),
+        (
+            lambda: ops.grouped_linear(torch.ones(2, 4), torch.ones(2, 5, 4), torch.tensor([1, 3], dtype=torch.int32)),
+            ValueError,
+            r"group_ends\[1\] is 3, want a number in \[1, 2\]",
+        ),
+        (
+            lambda: ops.grouped_linear(torch.ones(2, 4), torch.ones(2, 5, 4), torch.tensor([2, 1], dtype=torch.int32)),
+            ValueError,
+            r"group_ends\[1\] is 1",
+        ),
+        (
+            lambda: ops.grouped_linear(torch.ones(2, 4), torch.ones(2, 5, 4), torch.tensor([1, 2])),
+            ValueError,
+            "group_ends has dtype Long",
+        ),
+        (
+            lambda: ops.grouped_linear(torch.ones(2, 4), torch.ones(2, 5, 4), torch.tensor([1], dtype=torch.int32)),
+            ValueError,
+            "group_ends has shape",
+        ),
+    ],
+)
+def test_bad_input(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
