@@ -54,16 +54,70 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_in, const Tensor& 
   return {dx, dweight};
 }
 
+LayerNormArgs layer_norm_args(const char* op, const Tensor& x, const Tensor& weight, double eps) {
+  const RmsNormArgs common = rms_norm_args(op, x, weight, eps);
+  LayerNormArgs args{};
+  args.dtype = common.dtype;
+  args.rows = common.rows;
+  args.dim = common.dim;
+  args.eps = eps;
+  args.x = common.x;
+  args.weight = common.weight;
+  return args;
+}
+
+Tensor layer_norm(const Tensor& x_in, const Tensor& weight_in, const Tensor& bias_in, double eps) {
+  const char* op = "layer_norm";
+  const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
+  const Tensor bias = torch::stable::contiguous(bias_in);
+  LayerNormArgs args = layer_norm_args(op, x, weight, eps);
+  check_cpu(op, "bias", bias);
+  check_same_dtype(op, "bias", bias, "x", x);
+  check_dim(op, "bias", bias, 1, "[dim]");
+  check_size(op, "bias", bias, 0, args.dim, "the last dimension of x");
+  Tensor y = empty_like_contiguous(x);
+  args.bias = bias.const_data_ptr();
+  args.y = y.mutable_data_ptr();
+  GLM5_CALL_KERNEL(args.dtype == 2, layer_norm_forward, args);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_in, const Tensor& x_in, const Tensor& weight_in,
+                                                       double eps) {
+  const char* op = "layer_norm_backward";
+  const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
+  const Tensor dy = torch::stable::contiguous(dy_in);
+  LayerNormArgs args = layer_norm_args(op, x, weight, eps);
+  check_cpu(op, "dy", dy);
+  check_same_dtype(op, "dy", dy, "x", x);
+  if (dy.numel() != x.numel()) fail(op, ": dy has shape ", shape_of(dy), ", want that of x, ", shape_of(x));
+  Tensor dx = empty_like_contiguous(x), dweight = empty_like_contiguous(weight), dbias = empty_like_contiguous(weight);
+  Tensor partial = empty_cpu({(args.rows + kRmsNormRowBlock - 1) / kRmsNormRowBlock, 2, args.dim},
+                             args.dtype == 2 ? ScalarType::Double : ScalarType::Float);
+  args.dy = dy.const_data_ptr();
+  args.dx = dx.mutable_data_ptr();
+  args.dweight = dweight.mutable_data_ptr();
+  args.dbias = dbias.mutable_data_ptr();
+  args.partial = partial.mutable_data_ptr();
+  GLM5_CALL_KERNEL(args.dtype == 2, layer_norm_backward, args);
+  return {dx, dweight, dbias};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, float eps) -> (Tensor dx, Tensor dweight)");
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
+  m.def(
+      "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, float eps) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  m.impl("layer_norm", TORCH_BOX(&layer_norm));
+  m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
 }
 
 }  // namespace glm5

@@ -1,4 +1,4 @@
-"""RMSNorm: against float64, row by row, on every instruction set."""
+"""RMSNorm and LayerNorm: against float64, row by row, on every instruction set."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from glm5 import ops
 from glm5.testing import RandomDraw, spec
 from tests.ops import properties
 
-RMS_NORM = spec("rms_norm")
+RMS_NORM, LAYER_NORM = spec("rms_norm"), spec("layer_norm")
 DTYPES = pytest.mark.parametrize("dtype", RMS_NORM.dtypes, ids=["bf16", "float32"])
 
 
 @DTYPES
-@pytest.mark.parametrize("op", [RMS_NORM], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [RMS_NORM, LAYER_NORM], ids=lambda op: op.name)
 class TestEveryNorm:
     def test_keeps_its_promise(self, isa, op, dtype):
         given(st.data())(lambda data: properties.assert_keeps_promise(op, data, dtype))()
@@ -39,6 +39,8 @@ def test_gradcheck():
         x = RandomDraw(seed).tensor(3, 5, dtype=torch.float64)
         weight = RandomDraw(seed + 9).tensor(5, dtype=torch.float64)
         torch.autograd.gradcheck(ops.rms_norm, (x.requires_grad_(), weight.requires_grad_(), 1e-5))
+        bias = RandomDraw(seed + 20).tensor(5, dtype=torch.float64)
+        torch.autograd.gradcheck(ops.layer_norm, (x, weight, bias.requires_grad_(), 1e-5))
 
 
 def test_opcheck_compile_export():
@@ -47,6 +49,25 @@ def test_opcheck_compile_export():
     x, weight = x.detach(), weight.detach()
     properties.assert_compiles(RMS_NORM, {"x": x, "weight": weight}, {"x": torch.randn(11, 32), "weight": weight})
     properties.assert_exports(RMS_NORM, {"x": x, "weight": weight, "eps": 1e-5}, {"x": {0: torch.export.Dim("tokens")}})
+
+
+def test_layer_norm_opcheck_compile_export():
+    x, weight, bias = torch.randn(6, 32), torch.randn(32), torch.randn(32)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    properties.assert_opcheck(LAYER_NORM, (*leaves, 1e-6))
+    rest = {"weight": weight, "bias": bias}
+    properties.assert_compiles(LAYER_NORM, {"x": x, **rest}, {"x": torch.randn(11, 32), **rest})
+    properties.assert_exports(LAYER_NORM, {"x": x, **rest, "eps": 1e-6}, {"x": {0: torch.export.Dim("tokens")}})
+
+
+def test_layer_norm_edges(isa):
+    # One dimension: nothing is left but the bias. A constant row: the same. A NaN poisons its own row alone.
+    assert torch.equal(ops.layer_norm(torch.randn(4, 1), torch.ones(1), torch.full((1,), 2.5)), torch.full((4, 1), 2.5))
+    assert torch.equal(ops.layer_norm(torch.full((2, 40), 3.0), torch.ones(40), torch.zeros(40)), torch.zeros(2, 40))
+    x = torch.randn(3, 40)
+    x[1, 7] = float("nan")
+    y = ops.layer_norm(x, torch.ones(40), torch.zeros(40))
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -63,3 +84,18 @@ def test_opcheck_compile_export():
 def test_bad_input(arguments, error, words):
     with pytest.raises(error, match=words):
         ops.rms_norm(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ((torch.ones(2, 3), torch.ones(4), torch.ones(3)), ValueError, "weight has shape"),
+        ((torch.ones(2, 3), torch.ones(3), torch.ones(2)), ValueError, "bias has shape"),
+        ((torch.ones(2, 3), torch.ones(3), torch.ones(3).double()), ValueError, "bias has dtype"),
+        ((torch.ones(2, 3), torch.ones(3), torch.ones(3), -1.0), ValueError, "eps is -1"),
+        ((torch.ones(2, 3), torch.ones(3), None), TypeError, "bias is NoneType"),
+    ],
+)
+def test_layer_norm_bad_input(arguments, error, words):
+    with pytest.raises(error, match=words):
+        ops.layer_norm(*arguments)

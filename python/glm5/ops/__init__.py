@@ -7,7 +7,7 @@ from glm5.ops.hadamard import rotate_hadamard
 from glm5.ops.lightning_indexer import lightning_indexer_logits, lightning_indexer_topk
 from glm5.ops.linear import batched_linear, grouped_linear, linear
 from glm5.ops.mla_attention import mla_attention, mla_attn_target
-from glm5.ops.norm import rms_norm
+from glm5.ops.norm import layer_norm, rms_norm
 from glm5.ops.sparse_mla import sparse_mla, sparse_mla_attn_target
 from glm5.ops.token_logprobs import token_logprobs
 from glm5.ops.topk_indices import topk_indices
@@ -15,6 +15,7 @@ from glm5.ops.topk_indices import topk_indices
 __all__ = [
     "batched_linear",
     "grouped_linear",
+    "layer_norm",
     "lightning_indexer_logits",
     "lightning_indexer_topk",
     "linear",

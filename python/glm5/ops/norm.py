@@ -1,4 +1,4 @@
-"""RMSNorm on the compiled kernels, with its backward. LayerNorm of the indexer's keys lives here too."""
+"""RMSNorm and LayerNorm (the indexer's keys) on the compiled kernels, with their backwards."""
 
 import torch
 
@@ -49,3 +49,49 @@ def _backward(ctx, dy):
 
 
 torch.library.register_autograd("glm5::rms_norm", _backward, setup_context=_setup_context)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """``(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`` over the last dimension (Ba et al. 2016), variance by 1/dim.
+
+    Everything is computed in float32 and rounded to x's dtype once.
+
+    Args:
+        x: [..., dim], bfloat16, float32 or float64.
+        weight: [dim], dtype of x.
+        bias: [dim], dtype of x.
+        eps: added to the variance.
+
+    Returns:
+        [..., dim], dtype of x. A row depends on that row of x, weight and bias alone. Differentiable in x, weight and bias.
+
+    Raises:
+        TypeError: x, weight or bias is not a tensor.
+        ValueError: dtypes differ or are not floating, shapes do not match, eps is negative, a tensor is not on the CPU.
+    """
+    want_tensors("layer_norm", x=x, weight=weight, bias=bias)
+    return torch.ops.glm5.layer_norm(x, weight, bias, eps)
+
+
+@torch.library.register_fake("glm5::layer_norm")
+def _(x, weight, bias, eps):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("glm5::layer_norm_backward")
+def _(dy, x, weight, eps):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _layer_norm_setup_context(ctx, inputs, output):
+    x, weight, _, eps = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.eps = eps
+
+
+def _layer_norm_backward(ctx, dy):
+    dx, dweight, dbias = torch.ops.glm5.layer_norm_backward(dy, *ctx.saved_tensors, ctx.eps)
+    return dx, dweight, dbias, None
+
+
+torch.library.register_autograd("glm5::layer_norm", _layer_norm_backward, setup_context=_layer_norm_setup_context)
