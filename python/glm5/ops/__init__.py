@@ -9,6 +9,7 @@ from glm5.ops.linear import batched_linear, grouped_linear, linear
 from glm5.ops.mla_attention import mla_attention, mla_attn_target
 from glm5.ops.norm import layer_norm, rms_norm
 from glm5.ops.rope import rope
+from glm5.ops.silu_mul import silu_mul
 from glm5.ops.sparse_mla import sparse_mla, sparse_mla_attn_target
 from glm5.ops.token_logprobs import token_logprobs
 from glm5.ops.topk_indices import topk_indices
@@ -25,6 +26,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rotate_hadamard",
+    "silu_mul",
     "sparse_mla",
     "sparse_mla_attn_target",
     "token_logprobs",

@@ -1,0 +1,58 @@
+// Schemas, argument checks and dispatch of the silu_mul family.
+#include "silu_mul/silu_mul.h"
+
+#include "common/checks.h"
+
+namespace glm5 {
+namespace {
+
+SiluMulArgs silu_mul_args(const char* op, const Tensor& x) {
+  check_cpu(op, "x", x);
+  SiluMulArgs args{};
+  args.dtype = static_cast<int>(float_dtype(op, "x", x));
+  check_dim(op, "x", x, 2, "[rows, 2 * width]");
+  if (x.size(1) % 2) fail(op, ": x has shape ", shape_of(x), ", want an even last dimension (gate, then up)");
+  args.rows = x.size(0);
+  args.width = x.size(1) / 2;
+  args.x = x.const_data_ptr();
+  return args;
+}
+
+Tensor silu_mul(const Tensor& x_in) {
+  const Tensor x = torch::stable::contiguous(x_in);
+  SiluMulArgs args = silu_mul_args("silu_mul", x);
+  Tensor y = empty_cpu({args.rows, args.width}, x.scalar_type());
+  args.y = y.mutable_data_ptr();
+  GLM5_CALL_KERNEL(args.dtype == 2, silu_mul_forward, args);
+  return y;
+}
+
+Tensor silu_mul_backward(const Tensor& dy_in, const Tensor& x_in) {
+  const char* op = "silu_mul_backward";
+  const Tensor x = torch::stable::contiguous(x_in), dy = torch::stable::contiguous(dy_in);
+  SiluMulArgs args = silu_mul_args(op, x);
+  check_cpu(op, "dy", dy);
+  check_same_dtype(op, "dy", dy, "x", x);
+  check_dim(op, "dy", dy, 2, "[rows, width]");
+  check_size(op, "dy", dy, 0, args.rows, "the rows of x");
+  check_size(op, "dy", dy, 1, args.width, "half the columns of x");
+  Tensor dx = empty_like_contiguous(x);
+  args.dy = dy.const_data_ptr();
+  args.dx = dx.mutable_data_ptr();
+  GLM5_CALL_KERNEL(args.dtype == 2, silu_mul_backward, args);
+  return dx;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
+  m.def("silu_mul(Tensor x) -> Tensor");
+  m.def("silu_mul_backward(Tensor dy, Tensor x) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) {
+  m.impl("silu_mul", TORCH_BOX(&silu_mul));
+  m.impl("silu_mul_backward", TORCH_BOX(&silu_mul_backward));
+}
+
+}  // namespace glm5
