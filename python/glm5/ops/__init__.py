@@ -7,6 +7,7 @@ from glm5.ops.hadamard import rotate_hadamard
 from glm5.ops.lightning_indexer import lightning_indexer_logits, lightning_indexer_topk
 from glm5.ops.linear import batched_linear, grouped_linear, linear
 from glm5.ops.mla_attention import mla_attention, mla_attn_target
+from glm5.ops.moe import moe_permute, moe_router, moe_unpermute
 from glm5.ops.norm import layer_norm, rms_norm
 from glm5.ops.rope import rope
 from glm5.ops.silu_mul import silu_mul
@@ -23,6 +24,9 @@ __all__ = [
     "linear",
     "mla_attention",
     "mla_attn_target",
+    "moe_permute",
+    "moe_router",
+    "moe_unpermute",
     "rms_norm",
     "rope",
     "rotate_hadamard",

@@ -28,7 +28,7 @@ def moe_router(
     if replay is None:
         choice = sigmoid.detach() + bias
         if num_groups > 1:
-            grouped = choice.unflatten(-1, (num_groups, -1)).nan_to_num(nan=float("-inf"))
+            grouped = choice.masked_fill(choice.isnan(), float("-inf")).unflatten(-1, (num_groups, -1))
             group_scores = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
             kept = topk_indices(group_scores, topk_groups)
             allowed = torch.zeros(*group_scores.shape[:-1], num_groups + 1, dtype=torch.bool, device=logits.device)

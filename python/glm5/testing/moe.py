@@ -1,0 +1,78 @@
+"""Specs of the moe family."""
+
+import torch
+
+from glm5.testing.spec import OpSpec, register, relative_error
+
+
+def _ids(draw, tokens, topk, experts, distinct=True, holes=False):
+    generator = torch.Generator().manual_seed(draw.integer(0, 2**31 - 1))
+    if distinct:
+        ids = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :topk].to(torch.int32)
+    else:
+        ids = torch.randint(experts, (tokens, topk), generator=generator, dtype=torch.int32)
+    return ids.masked_fill(torch.rand(tokens, topk, generator=generator) < 0.2, -1) if holes else ids
+
+
+def _draw_moe_router(draw, dtype):
+    tokens, experts = draw.integer(0, 70), draw.choice([4, 12, 16, 256])
+    num_groups = draw.choice([1, 1, 2, 4])
+    topk_groups = draw.integer(1, num_groups)
+    topk = draw.integer(1, min(8, experts // num_groups * topk_groups))
+    logits = draw.tensor(tokens, experts, dtype=dtype, scale=draw.choice([0.1, 1.0, 8.0]))
+    bias = draw.tensor(experts, dtype=dtype, scale=0.1)
+    if draw.choice([True, False]):  # a coarse grid: many exact ties
+        logits, bias = (logits * 2).round() / 2, torch.zeros_like(bias)
+    return {
+        "logits": logits,
+        "bias": bias,
+        "topk": topk,
+        "num_groups": num_groups,
+        "topk_groups": topk_groups,
+        # The renormalised weight of a single expert is constant: its gradient is nothing but cancellation.
+        "renormalize": topk > 1 and draw.choice([True, False]),
+        "scaling": draw.choice([1.0, 2.5]),
+        "replay": _ids(draw, tokens, topk, experts) if draw.integer(0, 3) == 0 else None,
+    }
+
+
+def _compare_moe_router(got, want, arguments, dtype):
+    """The choice is that of the reference exactly, the weights are within the budget."""
+    budget = 1e-6 if dtype == torch.float32 else 1e-13
+    found = [] if torch.equal(got[1], want[1]) else ["ids differ from the reference's"]
+    if not (error := relative_error(got[0], want[0])) <= budget:
+        found.append(f"weights: relative error {error:.3g}, budget {budget:g}")
+    return found
+
+
+register(
+    OpSpec("moe_router", _draw_moe_router, differentiable=("logits",), dtypes=(torch.float32,), compare=_compare_moe_router)
+)
+
+
+def _draw_moe_permute(draw, dtype):
+    tokens, topk, experts = draw.integer(0, 50), draw.choice([1, 2, 8]), draw.choice([8, 11, 256])
+    return {
+        "x": draw.tensor(tokens, draw.choice([1, 16, 33, 576]), dtype=dtype),
+        "ids": _ids(draw, tokens, topk, experts, draw.choice([True, False]), draw.choice([True, False])),
+        "num_experts": experts,
+    }
+
+
+register(OpSpec("moe_permute", _draw_moe_permute, differentiable=("x",)))
+
+
+def _draw_moe_unpermute(draw, dtype):
+    tokens, topk = draw.integer(0, 50), draw.choice([1, 2, 8])
+    generator = torch.Generator().manual_seed(draw.integer(0, 2**31 - 1))
+    slots = torch.randperm(tokens * topk, generator=generator).view(tokens, topk).to(torch.int32)
+    if draw.choice([True, False]):
+        slots = slots.masked_fill(torch.rand(tokens, topk, generator=generator) < 0.2, -1)
+    return {
+        "y": draw.tensor(tokens * topk, draw.choice([1, 16, 33, 576, 2100]), dtype=dtype),
+        "slot_of_row": slots,
+        "weights": draw.tensor(tokens, topk, dtype=torch.promote_types(dtype, torch.float32)).abs(),
+    }
+
+
+register(OpSpec("moe_unpermute", _draw_moe_unpermute, differentiable=("y", "weights")))

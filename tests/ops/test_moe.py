@@ -1,0 +1,248 @@
+"""Routing, permutation, weighted return: equal to the reference where they choose or move, within budget where they sum."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glm5 import _native, ops, reference
+from glm5.testing import RandomDraw, spec
+from tests.ops import properties
+
+ROUTER, PERMUTE, UNPERMUTE = spec("moe_router"), spec("moe_permute"), spec("moe_unpermute")
+MOVERS = pytest.mark.parametrize("op", [PERMUTE, UNPERMUTE], ids=lambda op: op.name)
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "float32"])
+
+
+class TestRouter:
+    def test_keeps_its_promise(self, isa):
+        given(st.data())(lambda data: properties.assert_keeps_promise(ROUTER, data, torch.float32))()
+
+    def test_thread_count_does_not_matter(self, isa):
+        given(st.data())(lambda data: properties.assert_thread_count_does_not_matter(ROUTER, data, torch.float32))()
+
+    def test_every_instruction_set_gives_the_same_bits(self):
+        for seed in range(10):
+            arguments = ROUTER.draw(RandomDraw(seed), torch.float32)
+            with _native.using_cpu_isa("portable"):
+                want = properties.run_with_gradients(ROUTER, arguments)
+            for name in _native.available_isas():
+                with _native.using_cpu_isa(name):
+                    got = properties.run_with_gradients(ROUTER, arguments)
+                assert all(properties.same_bits(g, w) for g, w in zip(got, want, strict=True)), name
+
+    def test_a_token_depends_on_itself_alone(self, isa):
+        logits, bias = torch.randn(45, 64), torch.randn(64) * 0.1
+        weights, ids = ops.moe_router(logits, bias, 8)
+        order = torch.randperm(45)
+        for rows in (order, slice(0, 1), slice(44, 45), slice(15, 17)):
+            w, i = ops.moe_router(logits[rows], bias, 8)
+            assert properties.same_bits(weights[rows], w) and torch.equal(ids[rows], i)
+
+    def test_bias_moves_the_choice_and_not_the_weights(self, isa):
+        logits = torch.randn(20, 16)
+        bias = torch.zeros(16)
+        bias[5] = 2.0
+        weights, ids = ops.moe_router(logits, bias, 3, renormalize=False)
+        assert (ids == 5).any(1).all()
+        torch.testing.assert_close(weights, logits.sigmoid().gather(1, ids.long()))
+
+    def test_ties_go_to_the_lower_expert_and_ids_ascend(self, isa):
+        _, ids = ops.moe_router(torch.zeros(2, 300), torch.zeros(300), 8)
+        assert torch.equal(ids, torch.arange(8, dtype=torch.int32).expand(2, 8))
+        _, ids = ops.moe_router(torch.randn(50, 33), torch.zeros(33), 7)
+        assert (ids.diff(dim=1) > 0).all()
+        # Groups tie too.
+        _, ids = ops.moe_router(torch.zeros(1, 8), torch.zeros(8), 2, num_groups=4, topk_groups=2)
+        assert ids.tolist() == [[0, 1]]
+
+    def test_groups_limit_the_choice(self, isa):
+        # The best expert stands alone in a poor group: its group loses to the sum of two.
+        logits = torch.tensor([[9.0, -9.0, 1.0, 1.0, 0.5, 0.5]])
+        _, ids = ops.moe_router(logits, torch.zeros(6), 2, num_groups=3, topk_groups=1)
+        assert ids.tolist() == [[2, 3]]
+        _, ids = ops.moe_router(logits, torch.zeros(6), 2, num_groups=3, topk_groups=2)
+        assert ids.tolist() == [[2, 3]]
+
+    @pytest.mark.parametrize("num_groups, topk_groups", [(1, 1), (2, 1), (2, 2)])
+    def test_nan_and_minus_infinity_are_never_chosen(self, isa, num_groups, topk_groups):
+        nan, inf = float("nan"), float("inf")
+        logits = torch.tensor([[nan, 1, nan, -inf, 0, nan, nan, 2], [nan] * 8, [inf, -inf, inf, 0, 0, 0, 0, 0]])
+        bias = torch.tensor([0, 0, 0, -inf, 0, 0, 0, 0])
+        options = {"topk": 4, "num_groups": num_groups, "topk_groups": topk_groups, "scaling": 2.0}
+        weights, ids = ops.moe_router(logits, bias, **options)
+        want_weights, want_ids = reference.moe_router(logits.double(), bias.double(), **options)
+        assert torch.equal(ids, want_ids)
+        torch.testing.assert_close(weights.double(), want_weights, rtol=1e-6, atol=0)
+        assert ids[1].tolist() == [-1] * 4 and not weights[1].any()
+
+    def test_replay_fixes_the_choice(self, isa):
+        logits, bias = torch.randn(12, 16), torch.randn(16)
+        weights, ids = ops.moe_router(logits, bias, 4)
+        again = ops.moe_router(logits, torch.zeros(16), 4, replay=ids)
+        assert properties.same_bits(weights, again[0]) and torch.equal(ids, again[1])
+        holes = ids.clone()
+        holes[:, 2] = -1
+        weights, again = ops.moe_router(logits, bias, 4, replay=holes, scaling=2.5)
+        assert torch.equal(again, holes) and not weights[:, 2].any()
+        torch.testing.assert_close(weights.sum(1), torch.full((12,), 2.5))
+
+    def test_gradcheck(self):
+        for seed, renormalize in ((0, True), (1, False)):
+            logits = RandomDraw(seed).tensor(3, 8, dtype=torch.float64).requires_grad_()
+            bias = torch.zeros(8, dtype=torch.float64)
+            torch.autograd.gradcheck(
+                lambda x, b=bias, r=renormalize: ops.moe_router(x, b, 3, renormalize=r, scaling=2.5)[0], (logits,)
+            )
+
+    def test_bias_takes_no_gradient(self):
+        bias = torch.zeros(8, requires_grad=True)
+        ops.moe_router(torch.randn(3, 8, requires_grad=True), bias, 2)[0].sum().backward()
+        assert bias.grad is None
+
+    def test_opcheck_compile_export(self):
+        logits, bias = torch.randn(6, 16), torch.randn(16)
+        properties.assert_opcheck(ROUTER, (logits.clone().requires_grad_(), bias, 4, 2, 1, True, 2.5, None))
+        rest = {"bias": bias, "topk": 4}
+        properties.assert_compiles(ROUTER, {"logits": logits, **rest}, {"logits": torch.randn(11, 16), **rest})
+        properties.assert_exports(ROUTER, {"logits": logits, **rest}, {"logits": {0: torch.export.Dim("tokens")}})
+
+    @pytest.mark.parametrize(
+        "change, error, words",
+        [
+            ({"logits": torch.ones(2, 8, dtype=torch.bfloat16)}, ValueError, "logits has dtype"),
+            ({"bias": torch.ones(7)}, ValueError, "bias has shape"),
+            ({"topk": 0}, ValueError, "topk is 0"),
+            ({"topk": 9}, ValueError, "topk is 9"),
+            ({"topk": 5, "num_groups": 2}, ValueError, "topk is 5"),
+            ({"num_groups": 3}, ValueError, "num_groups is 3"),
+            ({"topk_groups": 2}, ValueError, "topk_groups is 2"),
+            ({"replay": torch.tensor([[0, 8], [0, 1]], dtype=torch.int32)}, ValueError, r"replay\[0, 1\] is 8"),
+            ({"replay": torch.tensor([[0, 1], [-2, 1]], dtype=torch.int32)}, ValueError, r"replay\[1, 0\] is -2"),
+            ({"replay": torch.tensor([[0, 1], [3, 3]], dtype=torch.int32)}, ValueError, "expert 3 twice"),
+            ({"replay": torch.tensor([[0, 1]], dtype=torch.int32)}, ValueError, "replay has shape"),
+            ({"replay": torch.tensor([[0, 1], [0, 1]])}, ValueError, "replay has dtype"),
+            ({"replay": [[0, 1]]}, TypeError, "replay is list"),
+        ],
+    )
+    def test_bad_input(self, change, error, words):
+        with pytest.raises(error, match=words):
+            ops.moe_router(**{"logits": torch.ones(2, 8), "bias": torch.ones(8), "topk": 2, **change})
+
+
+@MOVERS
+class TestMovers:
+    @DTYPES
+    def test_keeps_its_promise(self, isa, op, dtype):
+        given(st.data())(lambda data: properties.assert_keeps_promise(op, data, dtype))()
+
+    @DTYPES
+    def test_thread_count_does_not_matter(self, isa, op, dtype):
+        given(st.data())(lambda data: properties.assert_thread_count_does_not_matter(op, data, dtype))()
+
+
+def test_movers_gradcheck():
+    ids = torch.tensor([[0, 3], [-1, 0], [2, 3]], dtype=torch.int32)
+    x = RandomDraw(0).tensor(3, 5, dtype=torch.float64).requires_grad_()
+    torch.autograd.gradcheck(lambda x: ops.moe_permute(x, ids, 4)[0], (x,))
+    slots = torch.tensor([[4, 1], [-1, 0], [2, 5]], dtype=torch.int32)
+    y = RandomDraw(1).tensor(6, 5, dtype=torch.float64).requires_grad_()
+    weights = RandomDraw(2).tensor(3, 2, dtype=torch.float64).requires_grad_()
+    torch.autograd.gradcheck(lambda y, w: ops.moe_unpermute(y, slots, w), (y, weights))
+
+
+@DTYPES
+def test_permute_is_the_reference_exactly(isa, dtype):
+    for seed in range(30):
+        arguments = PERMUTE.draw(RandomDraw(seed), dtype)
+        for got, want in zip(ops.moe_permute(**arguments), reference.moe_permute(**arguments), strict=True):
+            assert properties.same_bits(got, want)
+
+
+@DTYPES
+def test_unpermute_undoes_permute(isa, dtype):
+    x = RandomDraw(0).tensor(21, 40, dtype=dtype)
+    ids = torch.rand(21, 16).argsort(-1)[:, :4].to(torch.int32)
+    xp, row_of_slot, slot_of_row, group_ends = ops.moe_permute(x, ids, 16)
+    assert torch.equal(xp, x[row_of_slot.long()]) and group_ends[-1] == 84
+    assert properties.same_bits(ops.moe_unpermute(xp, slot_of_row, torch.full((21, 4), 0.25)), x)
+
+
+@DTYPES
+def test_a_token_comes_back_the_same_from_any_batch(isa, dtype):
+    """Permute, let each expert work, unpermute: a token's bits do not depend on its neighbours or on the order of ids."""
+    x, ids = RandomDraw(1).tensor(40, 67, dtype=dtype), torch.rand(40, 8).argsort(-1)[:, :3].to(torch.int32)
+    weights = torch.rand(40, 3)
+    gain = torch.linspace(-2, 3, 8).to(dtype)
+
+    def layer(x, ids, weights):
+        xp, _, slot_of_row, group_ends = ops.moe_permute(x, ids, 8)
+        expert = torch.searchsorted(group_ends, torch.arange(len(xp), dtype=torch.int32), right=True)
+        return ops.moe_unpermute(xp * gain[expert, None], slot_of_row, weights)
+
+    whole = layer(x, ids, weights)
+    order = torch.randperm(40)
+    assert properties.same_bits(whole[order], layer(x[order], ids[order], weights[order]))
+    for t in (0, 7, 8, 39):
+        assert properties.same_bits(whole[t : t + 1], layer(x[t : t + 1], ids[t : t + 1], weights[t : t + 1]))
+    assert properties.same_bits(whole, layer(x, ids.flip(1), weights.flip(1)))
+
+
+def test_movers_opcheck_compile_export():
+    x, ids = torch.randn(6, 16), torch.randint(4, (6, 2), dtype=torch.int32)
+    properties.assert_opcheck(PERMUTE, (x.clone().requires_grad_(), ids, 4))
+    first, second = {"x": x, "ids": ids}, {"x": torch.randn(11, 16), "ids": torch.randint(4, (11, 2), dtype=torch.int32)}
+    properties.assert_compiles(PERMUTE, {**first, "num_experts": 4}, {**second, "num_experts": 4})
+    tokens = torch.export.Dim("tokens")
+    properties.assert_exports(PERMUTE, {**first, "num_experts": 4}, {"x": {0: tokens}, "ids": {0: tokens}})
+
+    def back(tokens):
+        slots = torch.randperm(2 * tokens).view(tokens, 2).to(torch.int32)
+        return {"y": torch.randn(2 * tokens, 16), "slot_of_row": slots, "weights": torch.rand(tokens, 2)}
+
+    first = back(6)
+    properties.assert_opcheck(
+        UNPERMUTE, (first["y"].clone().requires_grad_(), first["slot_of_row"], first["weights"].clone().requires_grad_())
+    )
+    properties.assert_compiles(UNPERMUTE, first, back(11))
+    dynamic = {"y": {0: 2 * tokens}, "slot_of_row": {0: tokens}, "weights": {0: tokens}}
+    properties.assert_exports(UNPERMUTE, first, dynamic)
+
+
+IDS = torch.tensor([[0, 1], [1, 2]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ((torch.ones(2, 4), IDS, 2), ValueError, r"ids\[1, 1\] is 2, want 0 <= id < 2"),
+        ((torch.ones(2, 4), IDS - 2, 3), ValueError, r"ids\[0, 0\] is -2"),
+        ((torch.ones(2, 4), IDS.long(), 3), ValueError, "ids has dtype"),
+        ((torch.ones(3, 4), IDS, 3), ValueError, "ids has shape"),
+        ((torch.ones(4), IDS, 3), ValueError, "x has shape"),
+        ((torch.ones(2, 4), IDS, 0), ValueError, "num_experts is 0"),
+        ((torch.ones(2, 4), None, 3), TypeError, "ids is NoneType"),
+    ],
+)
+def test_permute_bad_input(arguments, error, words):
+    with pytest.raises(error, match=words):
+        ops.moe_permute(*arguments)
+
+
+SLOTS = torch.tensor([[0, 1], [3, 2]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ((torch.ones(3, 4), SLOTS, torch.ones(2, 2)), ValueError, r"slot_of_row\[1, 0\] is 3"),
+        ((torch.ones(4, 4), SLOTS.clamp(max=2), torch.ones(2, 2)), ValueError, "slot 2 twice"),
+        ((torch.ones(4, 4), SLOTS - 2, torch.ones(2, 2)), ValueError, r"slot_of_row\[0, 0\] is -2"),
+        ((torch.ones(4, 4), SLOTS, torch.ones(2, 1)), ValueError, "weights has shape"),
+        ((torch.ones(4, 4), SLOTS, torch.ones(2, 2).bfloat16()), ValueError, "weights has dtype"),
+        ((torch.ones(4, 4), SLOTS, [1.0]), TypeError, "weights is list"),
+    ],
+)
+def test_unpermute_bad_input(arguments, error, words):
+    with pytest.raises(error, match=words):
+        ops.moe_unpermute(*arguments)
