@@ -44,6 +44,8 @@ def cmake_build(build: Path, target: str, *options: str) -> None:
     """Configures ``build`` unless it already is, in this very way, then builds ``target``."""
     if target == "all" and not (torch_dir() / "include/torch/csrc/stable/tensor.h").exists():
         raise SystemExit(f"glm5: no torch >= 2.10 in {torch_dir()}; install it (-c constraints.txt) or set GLM5_TORCH_DIR")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise SystemExit("glm5: Python's headers are missing (Debian: apt-get install python3-dev)")
     cmake, ninja = program("cmake"), program("ninja")
     configure = [
         cmake,
