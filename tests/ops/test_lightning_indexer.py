@@ -1,16 +1,42 @@
-"""The lightning indexer: scores against float64, gradients, and the streamed top-k against the scores, bit for bit."""
+"""The lightning indexer: scores against float64, gradients, row invariance, and the streamed top-k against the scores."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm5 import ops
-from glm5.testing import RandomDraw, spec
+from glm5 import _native, ops, reference
+from glm5.testing import RandomDraw, check, relative_error, spec
 from tests.ops import properties
+from tests.ops.properties import same_bits
 
 LOGITS, TOPK = spec("lightning_indexer_logits"), spec("lightning_indexer_topk")
 DTYPES = pytest.mark.parametrize("dtype", LOGITS.dtypes, ids=["bf16", "float32", "e4m3"])
+FLOATS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "float32"])
+INF, NAN = float("inf"), float("nan")
+
+
+def int32(values):
+    return torch.as_tensor(values, dtype=torch.int32)
+
+
+def causal(queries, keys):
+    """Ranges of a packed batch of two documents, the second of which starts at key 29."""
+    query = torch.arange(queries)
+    return int32(torch.where(query < 29, 0, 29).clamp(max=keys)), int32((query + 1).clamp(max=keys))
+
+
+def draw_inputs(dtype, queries=37, keys=150, heads=6, dim=40, seed=0):
+    draw = RandomDraw(seed)
+    k_scale = draw.tensor(keys).abs() + 0.1 if dtype == torch.float8_e4m3fn else None
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    q, k = draw.tensor(queries, heads, dim, dtype=torch.float32), draw.tensor(keys, dim, dtype=torch.float32)
+    return q.to(dtype), k.to(dtype), k_scale, draw.tensor(queries, heads, dtype=real)
+
+
+@pytest.mark.parametrize("op", [LOGITS, TOPK], ids=lambda op: op.name)
+def test_passes_the_conformance_kit(isa, op):
+    assert (report := check(op.name)).ok, report
 
 
 @DTYPES
@@ -21,6 +47,60 @@ class TestBothOps:
 
     def test_thread_count_does_not_matter(self, isa, op, dtype):
         given(st.data())(lambda data: properties.assert_thread_count_does_not_matter(op, data, dtype))()
+
+    def test_a_row_depends_on_its_query_and_keys_alone(self, isa, op, dtype):
+        q, k, k_scale, weights = draw_inputs(dtype)
+        ks, ke = causal(37, 150)
+        extra = () if op is LOGITS else (20,)
+
+        def run(rows, k=k, k_scale=k_scale, shift=0):
+            outputs = getattr(ops, op.name)(q[rows], k, k_scale, weights[rows], ks[rows] + shift, ke[rows] + shift, *extra)
+            return outputs if isinstance(outputs, tuple) else (outputs,)
+
+        whole = run(slice(None))
+        order = torch.randperm(37, generator=torch.Generator().manual_seed(0))
+        assert all(same_bits(w[order], g) for w, g in zip(whole, run(order), strict=True)), "row order"
+        for rows in (slice(0, 1), slice(15, 18), slice(16, 37), slice(36, 37)):
+            assert all(same_bits(w[rows], g) for w, g in zip(whole, run(rows), strict=True)), f"batch split {rows}"
+        for shift in (1, 16, 63, 64, 77):
+            padded = torch.cat([RandomDraw(9).tensor(shift, 40).to(dtype), k])
+            scales = None if k_scale is None else torch.cat([torch.ones(shift), k_scale])
+            shifted = run(slice(None), padded, scales, shift)
+            if op is LOGITS:
+                assert same_bits(whole[0], shifted[0][:, shift:].contiguous()), f"document shifted by {shift}"
+            else:
+                moved = torch.where(whole[0] >= 0, whole[0] + shift, whole[0])
+                assert same_bits(moved, shifted[0]) and same_bits(whole[1], shifted[1]), f"document shifted by {shift}"
+
+    def test_strided_inputs_give_the_same_bits(self, isa, op, dtype):
+        q, k, k_scale, weights = draw_inputs(dtype)
+        ranges = causal(37, 150)
+        extra = () if op is LOGITS else (20,)
+        want = getattr(ops, op.name)(q, k, k_scale, weights, *ranges, *extra)
+        strided = [None if t is None else t.unsqueeze(-1).expand(*t.shape, 2)[..., 0] for t in (q, k, k_scale, weights)]
+        strided[1] = k.t().contiguous().t()
+        got = getattr(ops, op.name)(*strided, *ranges, *extra)
+        for w, g in zip(properties.as_tuple(want), properties.as_tuple(got), strict=True):
+            assert same_bits(w, g)
+
+    def test_a_q_that_is_not_aligned_gives_the_same_bits(self, isa, op, dtype):
+        q, k, k_scale, weights = draw_inputs(dtype)
+        shifted = torch.cat([torch.zeros(1, dtype=dtype), q.flatten()])[1:].view_as(q)
+        extra = () if op is LOGITS else (20,)
+        run = getattr(ops, op.name)
+        got, want = (run(x, k, k_scale, weights, *causal(37, 150), *extra) for x in (shifted, q))
+        assert all(same_bits(w, g) for w, g in zip(properties.as_tuple(want), properties.as_tuple(got), strict=True))
+
+
+@DTYPES
+def test_a_score_does_not_depend_on_the_partition_of_the_range(isa, dtype):
+    q, k, k_scale, weights = draw_inputs(dtype)
+    whole = ops.lightning_indexer_logits(q, k, k_scale, weights, int32([0] * 37), int32([150] * 37))
+    for cut in (0, 1, 16, 40, 64, 100, 149, 150):
+        left = ops.lightning_indexer_logits(q, k, k_scale, weights, int32([0] * 37), int32([cut] * 37))
+        right = ops.lightning_indexer_logits(q, k, k_scale, weights, int32([cut] * 37), int32([150] * 37))
+        assert same_bits(torch.cat([left[:, :cut], right[:, cut:]], 1), whole)
+        assert (left[:, cut:] == -INF).all() and (right[:, :cut] == -INF).all()
 
 
 @DTYPES
@@ -35,16 +115,216 @@ def test_topk_equals_topk_of_the_scores(isa, dtype):
     given(st.data())(equals)()
 
 
+@DTYPES
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_topk_of_a_long_row(isa, dtype, queries):
+    """Thousands of keys: sampled thresholds, several key blocks, more than one block of the lse's sum."""
+    q, k, k_scale, weights = draw_inputs(dtype, queries, 5000, 3, 16)
+    ks, ke = int32(torch.arange(queries) * 7), int32(5000 - torch.arange(queries))
+    for threads in (1, 2):
+        with properties.threads(threads):
+            indices, lse = ops.lightning_indexer_topk(q, k, k_scale, weights, ks, ke, 300)
+        scores = ops.lightning_indexer_logits(q, k, k_scale, weights, ks, ke)
+        assert torch.equal(indices, reference.topk_indices(scores, 300, ks, ke))
+        assert relative_error(lse, scores.double().logsumexp(1)) < 1e-6
+    alone = ops.lightning_indexer_topk(q[:1], k, None if k_scale is None else k_scale, weights[:1], ks[:1], ke[:1], 300)
+    assert same_bits(alone[0], indices[:1]) and same_bits(alone[1], lse[:1])
+
+
+def test_every_microkernel_and_tail_runs(isa):
+    with _native.counted_paths() as paths:
+        for heads in (3, 4):
+            q, k, k_scale, weights = draw_inputs(torch.bfloat16, 2, 80, heads, 8)
+            ops.lightning_indexer_logits(q, k, k_scale, weights, int32([0, 0]), int32([80, 65]))
+    for name in ("full register block", "single vector of keys", "single head"):
+        assert paths.get(f"lightning_indexer: {name}", 0) > 0, paths
+
+
+@pytest.mark.parametrize("value, lse", [(NAN, NAN), (INF, INF), (-INF, None)])
+def test_poisoned_and_infinite_scores(isa, value, lse):
+    """One key scores `value`: NaN and -inf are never chosen; the lse shows the NaN."""
+    q, k, _, weights = torch.ones(1, 2, 4), torch.ones(70, 4), None, torch.ones(1, 2)
+    k[5] = abs(value)
+    if value == -INF:
+        weights[:] = -1
+    indices, got = ops.lightning_indexer_topk(q, k, None, weights, int32([0]), int32([70]), 70)
+    scores = ops.lightning_indexer_logits(q, k, None, weights, int32([0]), int32([70]))
+    assert scores[0, 5].isnan() if value != value else scores[0, 5] == value
+    assert (5 in indices[0].tolist()) == (value == INF)
+    others = scores[0, scores[0].isfinite()].double().logsumexp(0)
+    want = torch.tensor([others.item() if lse is None else lse])
+    assert torch.allclose(got, want, equal_nan=True)
+    beyond = ops.lightning_indexer_topk(q, k, None, weights, int32([6]), int32([70]), 3)
+    assert beyond[0].tolist() == [[6, 7, 8]] and beyond[1].isfinite().all()
+
+
+def test_nothing_to_choose_from(isa):
+    q, k, weights = torch.ones(3, 2, 4), torch.ones(9, 4), torch.ones(3, 2)
+    weights[2] = -INF
+    ks, ke = int32([4, 7, 0]), int32([4, 2, 9])
+    scores = ops.lightning_indexer_logits(q, k, None, weights, ks, ke)
+    assert (scores == -INF).all()
+    indices, lse = ops.lightning_indexer_topk(q, k, None, weights, ks, ke, 3)
+    assert (indices == -1).all() and (lse == INF).all()
+    for heads, dim in [(0, 4), (2, 0)]:  # no heads, or nothing to multiply: every score is 0
+        zero = ops.lightning_indexer_logits(q[:, :heads, :dim], k[:, :dim], None, weights[:, :heads], ks * 0, ke * 0 + 9)
+        assert (zero[:2] == 0).all()
+
+
+def test_every_finite_e4m3_value_is_exact(isa):
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    value = every.float()
+    q, weights = torch.ones(1, 1, 1).to(torch.float8_e4m3fn), torch.ones(1, 1)
+    ranges = int32([0]), int32([256])
+    up = ops.lightning_indexer_logits(q, every[:, None], None, weights, *ranges)[0]
+    assert torch.equal(up.nan_to_num(7), value.clamp(min=0).nan_to_num(7))
+    as_query = ops.lightning_indexer_logits(
+        every[:, None, None], q[0], None, weights.expand(256, 1), ranges[0].expand(256), int32([1] * 256)
+    )
+    assert torch.equal(as_query[:, 0].nan_to_num(7), value.clamp(min=0).nan_to_num(7))
+
+
+@FLOATS
+@pytest.mark.parametrize("heads, dim", [(1, 5), (3, 33), (8, 64)])
+def test_selected_keys_equal_the_dense_form(isa, dtype, heads, dim):
+    q, k, _, weights = draw_inputs(dtype, 37, 300, heads, dim)
+    ks, ke = causal(37, 300)
+    ke[5:20] = 300
+    scores = ops.lightning_indexer_logits(q, k, None, weights, ks, ke)
+    indices = ops.topk_indices(torch.rand(37, 300).masked_fill(scores == -INF, -INF), 70)
+    chosen, there = indices.clamp(min=0).long(), indices >= 0
+    selected = torch.ops.glm5.lightning_indexer_selected_logits(q, k, weights, indices)
+    assert same_bits(selected, scores.gather(1, chosen).masked_fill(~there, -INF))
+
+    grad = torch.randn(37, 70)
+    scattered = torch.zeros(37, 300).scatter_add(1, chosen, grad * there)
+    backward = torch.ops.glm5.lightning_indexer_logits_backward
+    got = backward(grad, q, k, weights, ks, ke, indices)
+    wide = [t.double().requires_grad_() for t in (q, k, weights)]
+    dense = reference.lightning_indexer_logits(wide[0], wide[1], None, wide[2], ks, ke)
+    want = torch.autograd.grad(dense, wide, scattered.double())
+    for name, g, w in zip(("q", "k", "weights"), got, want, strict=True):
+        assert relative_error(g, w) < (5e-3 if dtype == torch.bfloat16 else 1e-6), name
+
+    wider = torch.nn.functional.pad(indices, (0, 13), value=-1)
+    padded = torch.nn.functional.pad(grad, (0, 13), value=NAN)  # what stands beside a -1 is not read
+    with properties.threads(3):
+        assert all(map(same_bits, got, backward(padded, q, k, weights, ks, ke, wider)))
+
+
+@FLOATS
+def test_gradients_ignore_what_is_not_seen(isa, dtype):
+    q, k, _, weights = draw_inputs(dtype)
+    ks, ke = causal(37, 150)
+    grad = torch.randn(37, 150)
+    backward = torch.ops.glm5.lightning_indexer_logits_backward
+    unseen = ~reference.lightning_indexer_logits(q, k, None, weights, ks, ke).isfinite()
+    clean, poisoned = (backward(grad.masked_fill(unseen, value), q, k, weights, ks, ke) for value in (0.0, NAN))
+    assert all(map(same_bits, clean, poisoned))
+    assert (clean[1][38:] == 0).all()
+
+
 @pytest.mark.parametrize("heads, dim", [(1, 3), (3, 4), (5, 2)])
 def test_gradcheck(heads, dim):
     draw = RandomDraw(heads)
     q, k, weights = (
         draw.tensor(*shape, dtype=torch.float64).requires_grad_() for shape in [(4, heads, dim), (6, dim), (4, heads)]
     )
-    ks, ke = torch.tensor([0, 1, 3, 5], dtype=torch.int32), torch.tensor([6, 4, 3, 6], dtype=torch.int32)
+    ks, ke = int32([0, 1, 3, 5]), int32([6, 4, 3, 6])
 
     def visible_scores(q, k, weights):
         scores = ops.lightning_indexer_logits(q, k, None, weights, ks, ke)
-        return scores[scores > float("-inf")]
+        return scores[scores > -INF]
 
     torch.autograd.gradcheck(visible_scores, (q, k, weights))
+
+
+def test_the_streamed_topk_carries_no_gradient():
+    q, k, _, weights = (t if t is None else t.requires_grad_() for t in draw_inputs(torch.float32))
+    indices, lse = ops.lightning_indexer_topk(q, k, None, weights, *causal(37, 150), 8)
+    assert not indices.requires_grad and not lse.requires_grad
+
+
+def test_opcheck_compile_export():
+    def arguments(queries, keys):
+        q, k, k_scale, weights = draw_inputs(torch.float32, queries, keys, 3, 16)
+        ks, ke = causal(queries, keys)
+        return {"q": q, "k": k, "k_scale": k_scale, "weights": weights, "ks": ks, "ke": ke}
+
+    queries, keys = torch.export.Dim("queries"), torch.export.Dim("keys")
+    dynamic = {"q": {0: queries}, "k": {0: keys}, "weights": {0: queries}, "ks": {0: queries}, "ke": {0: queries}}
+    for op, extra in ((LOGITS, {}), (TOPK, {"topk": 5})):
+        one, two = {**arguments(33, 50), **extra}, {**arguments(41, 70), **extra}
+        properties.assert_compiles(op, one, two)
+        properties.assert_exports(op, one, dynamic)
+        leaves = [v.requires_grad_() if op is LOGITS and k in LOGITS.differentiable else v for k, v in one.items()]
+        properties.assert_opcheck(op, tuple(leaves))
+    q, k, _, weights = draw_inputs(torch.float32, 5, 20, 3, 16)
+    ranges, indices = causal(5, 20), int32([[0, 2, -1]] * 5)
+    torch.library.opcheck(torch.ops.glm5.lightning_indexer_selected_logits.default, (q, k, weights, indices))
+    for grad, chosen in ((torch.randn(5, 20), None), (torch.randn(5, 3), indices)):
+        torch.library.opcheck(
+            torch.ops.glm5.lightning_indexer_logits_backward.default, (grad, q, k, weights, *ranges, chosen)
+        )
+
+
+def test_autocast_casts_q_and_k_and_leaves_the_weights():
+    q, k, _, weights = draw_inputs(torch.float32)
+    leaves = [t.clone().requires_grad_() for t in (q, k, weights)]
+    ranges = causal(37, 150)
+    want = ops.lightning_indexer_logits(q.bfloat16(), k.bfloat16(), None, weights, *ranges)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ops.lightning_indexer_logits(leaves[0], leaves[1], None, leaves[2], *ranges)
+        indices, _ = ops.lightning_indexer_topk(q, k.bfloat16(), None, weights, *ranges, 9)
+    assert same_bits(got, want)
+    assert torch.equal(indices, ops.topk_indices(want, 9))
+    for grad, leaf in zip(torch.autograd.grad(got[got > -INF].sum(), leaves), leaves, strict=True):
+        assert grad.dtype == torch.float32 and grad.shape == leaf.shape and grad.abs().sum() > 0
+
+
+Q, K, W, ROW = torch.ones(2, 3, 4), torch.ones(5, 4), torch.ones(2, 3), torch.zeros(2, dtype=torch.int32)
+FP8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ((Q[0], K, None, W, ROW, ROW), ValueError, "q has shape"),
+        ((Q, Q, None, W, ROW, ROW), ValueError, "k has shape"),
+        ((Q, K[:, :3], None, W, ROW, ROW), ValueError, "k has shape"),
+        ((Q, K, None, W[:1], ROW, ROW), ValueError, "weights has shape"),
+        ((Q, K, None, W[:, :2], ROW, ROW), ValueError, "weights has shape"),
+        ((Q, K, None, W, ROW[:1], ROW), ValueError, "ks has shape"),
+        ((Q, K, None, W, ROW, ROW.long()), ValueError, "ke has dtype"),
+        ((Q, K, None, W, ROW - 1, ROW), ValueError, "ks is -1 for query 0"),
+        ((Q, K, None, W, ROW, ROW + 6), ValueError, "ke is 6 for query 0"),
+        ((Q.half(), K.half(), None, W, ROW, ROW), ValueError, "q has dtype Half"),
+        ((Q, K.bfloat16(), None, W, ROW, ROW), ValueError, "k has dtype BFloat16"),
+        ((Q.bfloat16(), K.bfloat16(), None, W.bfloat16(), ROW, ROW), ValueError, "weights has dtype"),
+        ((Q, K, torch.ones(5), W, ROW, ROW), ValueError, "k_scale is given with k of dtype Float"),
+        ((Q.to(FP8), K.to(FP8), torch.ones(4), W, ROW, ROW), ValueError, "k_scale has shape"),
+        ((Q.to(FP8), K.to(FP8), torch.ones(5).double(), W, ROW, ROW), ValueError, "k_scale has dtype"),
+        ((Q, K, None, None, ROW, ROW), TypeError, "weights is NoneType"),
+    ],
+)
+def test_bad_input(arguments, error, words):
+    for op, extra in ((ops.lightning_indexer_logits, ()), (ops.lightning_indexer_topk, (3,))):
+        with pytest.raises(error, match=words):
+            op(*arguments, *extra)
+
+
+def test_more_bad_input():
+    with pytest.raises(ValueError, match="topk is -1"):
+        ops.lightning_indexer_topk(Q, K, None, W, ROW, ROW, -1)
+    for indices, words in [
+        ([[0, 5]] * 2, "indices holds 5 for query 0"),
+        ([[0, -2]] * 2, "indices holds -2"),
+        ([[0, 1], [2, 2]], "indices holds 2 after 2 for query 1"),
+        ([[-1, 1]] * 2, "indices holds 1 after -1"),
+        ([[0]], "indices has shape"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            torch.ops.glm5.lightning_indexer_selected_logits(Q, K, W, int32(indices))
+    for grad, indices in [(torch.ones(2, 4), None), (torch.ones(2, 5), int32([[0]] * 2))]:
+        with pytest.raises(ValueError, match="grad has shape"):
+            torch.ops.glm5.lightning_indexer_logits_backward(grad, Q, K, W, ROW, ROW, indices)

@@ -6,12 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm5 import ops, reference
-from glm5.testing import spec
+from glm5.testing import check, spec
 from tests.ops import properties
 
 SPEC = spec("topk_indices")
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=["bf16", "f32", "f64"])
 INF, NAN = float("inf"), float("nan")
+
+
+def test_passes_the_conformance_kit(isa):
+    assert (report := check("topk_indices", cases=60)).ok, report
 
 
 @DTYPES

@@ -10,8 +10,8 @@ _DTYPES = (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 
 
 def _draw_logits(draw, dtype):
-    queries, keys = draw.choice([0, 1, 3, 16, 17, 40]), draw.choice([0, 1, 15, 64, 65, 130, 300])
-    heads, dim = draw.choice([1, 2, 3, 4, 7, 32, 128]), draw.choice([1, 3, 16, 33, 64, 128])
+    queries, keys = draw.choice([3, 1, 0, 16, 17, 40]), draw.choice([65, 1, 0, 15, 64, 130, 300])
+    heads, dim = draw.choice([3, 1, 2, 4, 7, 32, 128]), draw.choice([16, 1, 3, 33, 64, 128])
     scale = draw.choice([0.1, 1.0, 4.0])
     real = torch.float64 if dtype == torch.float64 else torch.float32
     arguments = {
