@@ -1,0 +1,202 @@
+"""Multi-head latent attention with the lightning indexer: the dense form, the sparse form, and the indexer's training loss.
+
+Dense attention expands the latent rows to per-head keys and values (``mla_attention``); sparse attention works on the latent
+rows themselves (``sparse_mla``), so that one selected row serves all heads. Which of the two runs is the stage's choice.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from glm5 import ops
+from glm5.model.cache import LatentCache
+from glm5.model.config import Glm5Config
+from glm5.model.layers import LayerNorm, Linear, RMSNorm, at_least_float32
+
+# Both latent norms and the indexer's use this, whatever rms_norm_eps says (Transformers 5.23 does the same).
+LATENT_EPS = 1e-6
+
+
+@dataclass
+class Selection:
+    """What one layer selected, seen from outside: for evaluation, and for overriding it.
+
+    Attributes:
+        layer: the layer's number (the MTP layer's is num_hidden_layers).
+        indices: int32 [T, topk], ascending, -1 padded: the indexer's own choice.
+        ks, ke: int32 [T]: the keys each row may see.
+        topk: how many it may select.
+    """
+
+    layer: int
+    indices: torch.Tensor
+    ks: torch.Tensor
+    ke: torch.Tensor
+    topk: int
+    _dense: Callable[[], tuple] = field(repr=False)
+
+    def attention_target(self) -> torch.Tensor:
+        """Dense attention's head-averaged probabilities [T, Tk], float32: what the indexer should rank by. Holds [T, Tk]."""
+        with torch.no_grad():
+            q, k, v, scale = self._dense()
+            _, lse = ops.mla_attention(q, k, v, self.ks, self.ke, scale)
+            return ops.mla_attn_target(q, k, lse, self.ks, self.ke, scale)
+
+
+@dataclass
+class Pass:
+    """One forward over a flat batch: what every layer reads, and what the layers leave behind."""
+
+    positions: torch.Tensor  # int32 [T]
+    ks: torch.Tensor  # int32 [T]
+    ke: torch.Tensor  # int32 [T]
+    cos: torch.Tensor  # [positions, rope / 2]
+    sin: torch.Tensor
+    attention: str  # "dense" | "sparse"
+    indexer: str = "none"  # "none" | "warmup" | "sparse": which KL the indexers are trained on
+    grad: bool = False  # whether the indexers' KL may build a graph
+    cache: LatentCache | None = None
+    select: Callable[[Selection], torch.Tensor] | None = None
+    collect: bool = False
+    reuse_indices: bool = False  # a later MTP iteration that shares the first one's indices
+    # left behind
+    indices: torch.Tensor | None = None  # of the last full layer
+    indexed: tuple | None = None  # (q, k, weights) of the last full layer's indexer
+    kl: list[torch.Tensor] = field(default_factory=list)  # [T] a layer
+    selections: list[Selection] = field(default_factory=list)
+    loads: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [E]
+
+    def rope(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, ..., rope], rotated in interleaved pairs."""
+        return ops.rope(x, self.cos, self.sin, self.positions, True)
+
+
+class Indexer(nn.Module):
+    """The lightning indexer: which keys a query should attend to (DeepSeek-V3.2, eq. 1)."""
+
+    def __init__(self, config: Glm5Config):
+        super().__init__()
+        self.config = config
+        self.wq_b = Linear(config.q_lora_rank, config.index_n_heads * config.index_head_dim)
+        self.wk = Linear(config.hidden_size, config.index_head_dim)
+        self.k_norm = LayerNorm(config.index_head_dim, LATENT_EPS)
+        self.weights_proj = Linear(config.hidden_size, config.index_n_heads)
+
+    def forward(self, x: torch.Tensor, q_latent: torch.Tensor, run: Pass) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [T, H], q_latent [T, q_lora] -> q [T, heads, dim], k [T, dim], weights [T, heads] with the scales folded in."""
+        c = self.config
+        q = self._rotate(self.wq_b(q_latent).view(-1, c.index_n_heads, c.index_head_dim), run)
+        k = self._rotate(self.k_norm(self.wk(x)), run)
+        weights = self.weights_proj(x, at_least_float32(x)) * (c.index_head_dim**-0.5 * c.index_n_heads**-0.5)
+        return q, k, weights
+
+    def _rotate(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
+        """The first rope dimensions turn with the position, the others do not."""
+        rope = self.config.qk_rope_head_dim
+        return torch.cat([run.rope(x[..., :rope]), x[..., rope:]], -1)
+
+
+class MLA(nn.Module):
+    """Latent attention over a flat batch: x [T, H] -> [T, H]. ``indexer`` is absent on a shared layer."""
+
+    def __init__(self, config: Glm5Config, layer: int, has_indexer: bool):
+        super().__init__()
+        c, heads, bias = config, config.num_attention_heads, config.attention_bias
+        self.config, self.layer = config, layer
+        self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank, bias)
+        self.q_a_layernorm = RMSNorm(c.q_lora_rank, LATENT_EPS)
+        self.q_b_proj = Linear(c.q_lora_rank, heads * c.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.latent_dim, bias)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, LATENT_EPS)
+        self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
+        self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size, bias)
+        self.indexer = Indexer(config) if has_indexer else None
+        self.scale = c.qk_head_dim**-0.5
+
+    def forward(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
+        c, heads = self.config, self.config.num_attention_heads
+        q_latent = self.q_a_layernorm(self.q_a_proj(x))
+        q = self.q_b_proj(q_latent).view(-1, heads, c.qk_head_dim)
+        q_nope, q_rope = q[..., : c.qk_nope_head_dim], run.rope(q[..., c.qk_nope_head_dim :])
+        kv = self.kv_a_proj_with_mqa(x)
+        latent = torch.cat([self.kv_a_layernorm(kv[:, : c.kv_lora_rank]), run.rope(kv[:, c.kv_lora_rank :])], -1)
+        if run.cache is not None:
+            latent = run.cache.append_latent(self.layer, latent)
+
+        self._index(x, q_latent, q_nope, q_rope, latent, run)
+        attend = self._attend_sparse if run.attention == "sparse" else self._attend_dense
+        out = attend(q_nope, q_rope, latent, run)
+        return self.o_proj(out.reshape(-1, heads * c.v_head_dim))
+
+    def _attend_dense(self, q_nope, q_rope, latent, run):
+        q, k, v = self._expanded(q_nope, q_rope, latent)
+        out, lse = ops.mla_attention(q, k, v, run.ks, run.ke, self.scale)
+        if run.indexer == "warmup":
+            self._teach(q, k, lse, run, None)
+        return out
+
+    def _attend_sparse(self, q_nope, q_rope, latent, run):
+        c = self.config
+        w = self.kv_b_proj.weight.view(c.num_attention_heads, -1, c.kv_lora_rank)
+        w_uk, w_uv = w[:, : c.qk_nope_head_dim], w[:, c.qk_nope_head_dim :]
+        q = torch.cat([ops.batched_linear(q_nope, w_uk.transpose(1, 2).contiguous()), q_rope], -1)
+        out, lse = ops.sparse_mla(q, latent, run.indices, self.scale, c.kv_lora_rank)
+        if run.indexer == "sparse":
+            self._teach(q, latent, lse, run, run.indices)
+        return ops.batched_linear(out, w_uv.contiguous())
+
+    def _expanded(self, q_nope, q_rope, latent):
+        """Per-head q [T, h, qk], k [Tk, h, qk], v [Tk, h, v] of the dense form."""
+        c, heads = self.config, self.config.num_attention_heads
+        kv = self.kv_b_proj(latent[:, : c.kv_lora_rank]).view(-1, heads, c.qk_nope_head_dim + c.v_head_dim)
+        k_rope = latent[:, None, c.kv_lora_rank :].expand(-1, heads, -1)
+        k = torch.cat([kv[..., : c.qk_nope_head_dim], k_rope], -1)
+        return torch.cat([q_nope, q_rope], -1), k, kv[..., c.qk_nope_head_dim :].contiguous()
+
+    def _index(self, x, q_latent, q_nope, q_rope, latent, run):
+        """Leaves the layer's selected indices (and, for its loss, the indexer's outputs) in ``run``."""
+        wants_indices = run.attention == "sparse" or run.collect
+        if not wants_indices and run.indexer == "none":
+            return
+        if self.indexer is None or run.reuse_indices:
+            if run.collect:
+                run.selections.append(self._selection(q_nope, q_rope, latent, run))
+            return
+
+        with torch.set_grad_enabled(run.grad and run.indexer != "none"):
+            q, k, weights = self.indexer(x.detach(), q_latent.detach(), run)
+        if run.cache is not None:
+            k = run.cache.append_indexer_key(self.layer, k)
+        run.indexed = (q, k, weights)
+        if not wants_indices:
+            return
+        run.indices, _ = ops.lightning_indexer_topk(
+            q.detach(), k.detach(), None, weights.detach(), run.ks, run.ke, self.config.index_topk
+        )
+        if run.collect:
+            run.selections.append(self._selection(q_nope, q_rope, latent, run))
+        if run.select is not None:
+            run.indices = run.select(self._selection(q_nope, q_rope, latent, run))
+
+    def _selection(self, q_nope, q_rope, latent, run):
+        def dense():
+            return *self._expanded(q_nope.detach(), q_rope.detach(), latent.detach()), self.scale
+
+        return Selection(self.layer, run.indices, run.ks, run.ke, self.config.index_topk, dense)
+
+    def _teach(self, attn_q, attn_k, attn_lse, run, indices):
+        """KL from this layer's attention to the indexer it uses.
+
+        Averaged over the layers that an indexer serves it has the gradient of the KL from their average attention, which
+        is what a shared indexer should learn (IndexCache, 2603.12201).
+        """
+        q, k, weights = run.indexed
+        with torch.set_grad_enabled(run.grad):
+            run.kl.append(
+                ops.lightning_indexer_kl(
+                    *(q, k, weights, run.ks, run.ke),
+                    *(attn_q.detach(), attn_k.detach(), attn_lse.detach(), self.scale, indices),
+                )
+            )

@@ -1,0 +1,292 @@
+"""The language model: logits, training losses and generation over the backbone.
+
+Knows nothing of optimizers, data or files. ``attention`` is set by the stage, "dense" or "sparse"; it never follows from the
+length, the batch or the chunk, because the two forms round differently.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from zlib import crc32
+
+import torch
+from torch import nn
+
+from glm5 import ops
+from glm5.model.attention import Pass, Selection
+from glm5.model.cache import LatentCache
+from glm5.model.config import Glm5Config
+from glm5.model.generation import generate
+from glm5.model.layers import LayerNorm, Linear, MoE, RMSNorm, at_least_float32
+from glm5.model.rotary import RotaryTable
+from glm5.model.transformer import Backbone
+
+IGNORED = -100
+
+
+@dataclass
+class CausalLMOutput:
+    """logits [B, T, V], at least float32; mtp_logits [d - 1] [B, T, V] lead from row t to token t + d + 1."""
+
+    logits: torch.Tensor
+    mtp_logits: list[torch.Tensor] = field(default_factory=list)
+
+
+class Glm5ForCausalLM(nn.Module):
+    """GLM-5.
+
+    Args:
+        config: the shape.
+        dtype: of the parameters: torch.float32 or torch.bfloat16 (numeric profiles ``float32`` and ``bf16``); the router's
+            correction bias stays float32.
+        device: "meta" allocates nothing.
+        seed: of the initial weights; a parameter's values depend on the seed, its name and its shape alone.
+
+    Raises ValueError for an unknown attention form or a token, range or position that is out of range.
+    """
+
+    def __init__(
+        self,
+        config: Glm5Config,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):
+            self.model = Backbone(config)
+            self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.to(dtype)
+        self._rotary = RotaryTable(config.qk_rope_head_dim, config.rope_theta, config.max_position_embeddings)
+        self._attention = "dense"
+        self._select: Callable[[Selection], torch.Tensor] | None = None
+        device = torch.get_default_device() if device is None else torch.device(device)
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.reset_parameters(seed)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int) -> None:
+        """Matrices normal with std ``initializer_range``; norms 1, biases 0, router correction 0."""
+        for module_name, module in self.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if name == "bias":
+                    parameter.zero_()
+                elif isinstance(module, RMSNorm | LayerNorm):
+                    parameter.fill_(1)
+                else:
+                    generator = torch.Generator().manual_seed(crc32(f"{seed} {module_name}.{name}".encode()))
+                    values = torch.randn(parameter.shape, generator=generator) * self.config.initializer_range
+                    parameter.copy_(values)
+        for layer in self.moe_layers():
+            layer.gate.e_score_correction_bias.zero_()
+
+    # ---- what there is
+
+    @property
+    def attention(self) -> str:
+        """The form of attention: "dense" (before the sparse stage) or "sparse" (from it on)."""
+        return self._attention
+
+    @attention.setter
+    def attention(self, form: str) -> None:
+        if form not in ("dense", "sparse"):
+            raise ValueError(f"Glm5ForCausalLM.attention is {form!r}, want 'dense' or 'sparse'")
+        self._attention = form
+
+    def moe_layers(self) -> list[MoE]:
+        """The MoE blocks in layer order, the MTP layer's last: the order of ``expert_load``."""
+        return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoE)]
+
+    def indexer_parameters(self) -> Iterator[nn.Parameter]:
+        """What the indexer's KL trains."""
+        return (p for name, p in self.named_parameters() if ".indexer." in name)
+
+    def backbone_parameters(self) -> Iterator[nn.Parameter]:
+        """What the language-model loss trains: all the rest."""
+        return (p for name, p in self.named_parameters() if ".indexer." not in name)
+
+    def num_parameters(self, include_mtp: bool = True) -> int:
+        """Weights in a checkpoint, the router's correction biases included."""
+        mtp = f"model.layers.{self.config.num_hidden_layers}."
+        return sum(t.numel() for name, t in self.state_dict().items() if include_mtp or not name.startswith(mtp))
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[V, H]: the output head, shared by the MTP layer (and by the embedding when they are tied)."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    # ---- forward
+
+    def forward(self, input_ids: torch.Tensor, *, mtp_depth: int = 0) -> CausalLMOutput:
+        """input_ids [B, T] int -> logits [B, T, V]; every sequence starts at position 0 and sees itself alone."""
+        if input_ids.dim() != 2:
+            raise ValueError(f"Glm5ForCausalLM: input_ids has shape {list(input_ids.shape)}, want [batch, time]")
+        batch, time = input_ids.shape
+        tokens = input_ids.reshape(-1)
+        row = torch.arange(batch * time, device=tokens.device)
+        start = torch.arange(batch, device=tokens.device).repeat_interleave(time) * time
+        run = self._begin(row - start, start, row + 1)
+        hidden = self.model(tokens, run)
+        mtp = self._mtp(tokens, hidden, run, mtp_depth)
+        logits = [self.logits(h).view(batch, time, -1) for h in (hidden, *mtp)]
+        return CausalLMOutput(logits[0], logits[1:])
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [T, H] -> [T, V], at least float32."""
+        return ops.linear(hidden, self.head_weight, None, at_least_float32(hidden))
+
+    def hidden_states(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        ks: torch.Tensor,
+        ke: torch.Tensor,
+        *,
+        collect_indexer: bool = False,
+        cache: LatentCache | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, list[Selection]]:
+        """A flat batch: tokens, positions, ks, ke [T] int -> hidden [T, H] after the final norm, ready for ``logits``.
+
+        Row t attends to rows [ks[t], ke[t]) and stands at positions[t]. With ``collect_indexer`` also the ``Selection`` of
+        every layer (a shared layer's holds the indices it reuses), in either form of attention.
+        With a ``cache`` (placed by the caller) the keys are its rows, and ks, ke count in them.
+        """
+        run = self._begin(positions, ks, ke, collect=collect_indexer, cache=cache)
+        hidden = self.model(tokens, run)
+        return (hidden, run.selections) if collect_indexer else hidden
+
+    @contextmanager
+    def selecting(self, select: Callable[[Selection], torch.Tensor]):
+        """Within the block every full layer attends to ``select(selection)``, int32 [T, topk] ascending and -1 padded,
+        instead of its indexer's choice (``glm5.model.selection`` has some). Sparse attention only."""
+        before, self._select = self._select, select
+        try:
+            yield
+        finally:
+            self._select = before
+
+    def _begin(self, positions, ks, ke, *, attention=None, indexer="none", cache=None, collect=False) -> Pass:
+        cos, sin = self._rotary.on(positions.device, at_least_float32(self.head_weight))
+        return Pass(
+            positions.to(torch.int32),
+            ks.to(torch.int32),
+            ke.to(torch.int32),
+            cos,
+            sin,
+            attention or self.attention,
+            indexer=indexer,
+            grad=torch.is_grad_enabled(),
+            cache=cache,
+            select=self._select,
+            collect=collect,
+        )
+
+    def _mtp(self, tokens, hidden, run, depth):
+        if depth and self.model.mtp is None:
+            raise ValueError(f"Glm5ForCausalLM: mtp_depth is {depth}, but the config has num_nextn_predict_layers 0")
+        return self.model.unroll_mtp(tokens, hidden, run, depth) if depth else ()
+
+    # ---- training
+
+    def losses(self, batch, *, mtp_depth: int = 3, indexer: str = "none") -> dict:
+        """The losses of one flat batch.
+
+        Args:
+            batch: has ``tokens``, ``targets`` (-100: ignored), ``positions``, ``ks``, ``ke``, each [T] int, as attributes or
+                as keys.
+            mtp_depth: how many times the MTP layer is unrolled.
+            indexer: "none": the language model alone, in the model's form of attention. "warmup": attention is dense,
+                nothing but the indexers takes a gradient. "sparse": attention is sparse on the indexers' own choice, the
+                language-model losses train the model, the KL on the selected keys trains the indexers and nothing else.
+
+        Returns:
+            lm: mean nats a target over the main head, scalar.
+            mtp: the same for each depth; a target counts at depth d only when its row's document reaches d + 1 tokens on.
+            indexer_kl: mean KL a row over the indexed layers (each unroll of the MTP layer is one), or None.
+            expert_load: int [MoE layers, E], tokens each expert got.
+            num_targets: of the main head, int tensor. A mean over no targets is 0.
+
+        Raises:
+            ValueError: indexer is none of the three.
+        """
+        if indexer not in ("none", "warmup", "sparse"):
+            raise ValueError(f"Glm5ForCausalLM.losses: indexer is {indexer!r}, want 'none', 'warmup' or 'sparse'")
+        get = batch.__getitem__ if isinstance(batch, dict) else lambda name: getattr(batch, name)
+        tokens, targets, ks = get("tokens"), get("targets").long(), get("ks")
+        attention = {"none": None, "warmup": "dense", "sparse": "sparse"}[indexer]
+        run = self._begin(get("positions"), ks, get("ke"), attention=attention, indexer=indexer)
+
+        with torch.set_grad_enabled(run.grad and indexer != "warmup"):
+            hidden = self.model(tokens, run)
+            lm, num_targets = self._mean_nats(hidden, targets)
+            mtp = []
+            for d, drafted in enumerate(self._mtp(tokens, hidden, run, mtp_depth), 1):
+                mtp.append(self._mean_nats(drafted, mtp_targets(targets, run.positions, run.ks, d))[0])
+
+        kl = None
+        if run.kl:
+            rows = (run.ke > run.ks).sum().clamp(min=1)
+            kl = torch.stack([layer.sum() for layer in run.kl]).sum() / (rows * len(run.kl))
+        moe = [layer for layer in self.model.layers if isinstance(layer.mlp, MoE)]
+        unused = torch.zeros(self.config.n_routed_experts, dtype=torch.int32, device=tokens.device)
+        load = torch.stack([run.loads.get(layer.layer, unused) for layer in moe]) if moe else unused[None][:0]
+        return {"lm": lm, "mtp": mtp, "indexer_kl": kl, "expert_load": load, "num_targets": num_targets}
+
+    def target_logprobs(self, batch) -> torch.Tensor:
+        """log p(target) [T] of a flat batch as ``losses`` takes it, at least float32; 0 where the target is ignored."""
+        get = batch.__getitem__ if isinstance(batch, dict) else lambda name: getattr(batch, name)
+        hidden = self.hidden_states(get("tokens"), get("positions"), get("ks"), get("ke"))
+        targets = get("targets").long()
+        kept = (targets != IGNORED).nonzero().squeeze(1)
+        logp = self._logp(hidden, targets, kept)
+        return torch.zeros(targets.shape, dtype=logp.dtype, device=logp.device).index_copy(0, kept, logp)
+
+    def _logp(self, hidden, targets, kept):
+        """log p [kept] of the kept rows' targets."""
+        temperature = torch.ones(kept.shape, dtype=torch.float32, device=hidden.device)
+        return ops.token_logprobs(
+            hidden.index_select(0, kept), self.head_weight, targets.index_select(0, kept), temperature
+        )[0]
+
+    def _mean_nats(self, hidden, targets):
+        kept = (targets != IGNORED).nonzero().squeeze(1)
+        total = -self._logp(hidden, targets, kept).sum()
+        count = torch.tensor(kept.shape[0], device=hidden.device)
+        return total / max(kept.shape[0], 1), count
+
+    @torch.no_grad()
+    def update_router_bias(self, load: torch.Tensor, rate: float) -> None:
+        """Loss-free balancing: each expert's correction bias moves by ``rate`` towards the mean load (2408.15664).
+
+        load: [MoE layers, E], as ``losses`` returns it, summed over as many batches as the step had. An MTP layer that was
+        not run has zero load and does not move.
+        """
+        layers = self.moe_layers()
+        if tuple(load.shape) != (len(layers), self.config.n_routed_experts):
+            want = [len(layers), self.config.n_routed_experts]
+            raise ValueError(f"update_router_bias: load has shape {list(load.shape)}, want {want}")
+        for layer, counts in zip(layers, load.double(), strict=True):
+            step = rate * torch.sign(counts.mean() - counts)
+            layer.gate.e_score_correction_bias += step.to(layer.gate.e_score_correction_bias)
+
+    # ---- generation
+
+    def generate(self, ids: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
+        """``glm5.model.generation.generate`` on this model."""
+        return generate(self, ids, max_new_tokens, **options)
+
+
+def mtp_targets(targets: torch.Tensor, positions: torch.Tensor, ks: torch.Tensor, depth: int) -> torch.Tensor:
+    """targets [T] of the main head -> those of MTP depth d: row t gets targets[t + d] of its own document, or -100.
+
+    Row t + d is in row t's document when its key range starts at the same row and it stands d positions further.
+    """
+    moved = torch.full_like(targets, IGNORED)
+    reach = targets.shape[0] - depth
+    if reach > 0:
+        same = (ks[depth:] == ks[:reach]) & (positions[depth:] == positions[:reach] + depth)
+        moved[:reach] = torch.where(same, targets[depth:], IGNORED)
+    return moved

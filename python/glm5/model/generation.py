@@ -1,0 +1,99 @@
+"""Simple generation: chunked prefill and decode over an in-memory latent cache, with the full forward's bits.
+
+Sampling adds Gumbel noise from a counter-based generator: a token's noise is a function of (seed, sequence, position), so a
+run can stop anywhere and go on. Paged caches, batching of strangers and speculation belong to ``glm5.serve``.
+"""
+
+import numpy as np
+import torch
+
+from glm5.model.cache import LatentCache
+
+
+def gumbel_noise(seed: int, sequence: int, position: int, size: int) -> torch.Tensor:
+    """float64 [size] standard Gumbel noise: Philox-4x64 with key (seed, sequence) and a counter that starts at position."""
+    counter = np.array([0, 0, 0, position], dtype=np.uint64)
+    bits = np.random.Philox(key=np.array([seed, sequence], dtype=np.uint64), counter=counter).random_raw(size)
+    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return torch.from_numpy(-np.log(-np.log(uniform)))
+
+
+def choose(logits: torch.Tensor, temperature: float, seed: int, sequence: int, position: int) -> int:
+    """The next token from logits [V]: the largest, after Gumbel noise when temperature > 0; ties go to the lower token."""
+    scores = logits.double().cpu()
+    if temperature > 0:
+        scores = scores / temperature + gumbel_noise(seed, sequence, position, scores.shape[0])
+    return int(np.argmax(scores.numpy()))
+
+
+@torch.no_grad()
+def generate(
+    model,
+    ids: torch.Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop_tokens: tuple[int, ...] = (),
+    chunk: int = 512,
+) -> torch.Tensor:
+    """Continues prompts.
+
+    Args:
+        model: a ``Glm5ForCausalLM``; its ``attention`` form is used.
+        ids: int [T] or [B, T], T >= 1: the prompts, all of one length.
+        max_new_tokens: how many tokens to add at most.
+        temperature: 0 takes the likeliest token, else samples from softmax(logits / temperature).
+        seed: of the noise; sequence b of a batch uses stream b.
+        stop_tokens: a sequence ends after one of them, and is filled up with it while others go on.
+        chunk: prompt tokens of each sequence that a prefill step takes. It changes no bit.
+
+    Returns:
+        ids with the new tokens appended, int64, as many dimensions as given.
+
+    Raises:
+        ValueError: an empty prompt, a negative number, or more tokens than max_position_embeddings.
+    """
+    prompts = ids if ids.dim() == 2 else ids[None]
+    batch, prompt_length = prompts.shape
+    total, limit = prompt_length + max_new_tokens, model.config.max_position_embeddings
+    if prompt_length == 0:
+        raise ValueError("generate: ids holds an empty prompt, want at least one token")
+    if max_new_tokens < 0 or temperature < 0 or chunk < 1:
+        raise ValueError(
+            f"generate: max_new_tokens is {max_new_tokens}, temperature {temperature}, chunk {chunk}; want >= 0, >= 0, >= 1"
+        )
+    if total > limit:
+        raise ValueError(f"generate: {prompt_length} + {max_new_tokens} tokens exceed max_position_embeddings ({limit})")
+
+    device = prompts.device
+    weight = model.head_weight
+    cache = LatentCache(model.config, batch, total, weight.dtype, device)
+    tokens = torch.empty(batch, total, dtype=torch.int64, device=device)
+    tokens[:, :prompt_length] = prompts
+    start = torch.arange(batch, device=device)[:, None] * total
+
+    def run(first: int, last: int) -> torch.Tensor:
+        """Feeds positions [first, last) of every sequence; logits [batch, V] after the last."""
+        positions = torch.arange(first, last, device=device).expand(batch, -1)
+        slots = start + positions
+        cache.place(slots.reshape(-1), (batch - 1) * total + last)
+        ks = start.expand_as(slots).reshape(-1)
+        flat = tokens[:, first:last].reshape(-1)
+        hidden = model.hidden_states(flat, positions.reshape(-1), ks, slots.reshape(-1) + 1, cache=cache)
+        return model.logits(hidden.view(batch, last - first, -1)[:, -1])
+
+    at = 0
+    ended = [False] * batch
+    while at + 1 < total and max_new_tokens > 0 and not all(ended):
+        step = min(chunk, prompt_length - at) if at < prompt_length else 1
+        logits = run(at, at + step)
+        at += step
+        for b in range(batch if at >= prompt_length else 0):
+            if ended[b]:
+                tokens[b, at] = tokens[b, at - 1]
+            else:
+                tokens[b, at] = choose(logits[b], temperature, seed, b, at)
+                ended[b] = int(tokens[b, at]) in stop_tokens
+    tokens = tokens[:, : at + 1] if max_new_tokens > 0 else tokens
+    return tokens if ids.dim() == 2 else tokens[0]

@@ -1,0 +1,134 @@
+"""The parts of a block that know nothing of attention: projections, norms, the dense MLP and the mixture of experts.
+
+Everything works on a flat batch of tokens, [T, ...]. Every number comes out of a glm5 op, so that a token's result does not
+depend on its neighbours in the batch.
+"""
+
+import torch
+from torch import nn
+
+from glm5 import ops
+from glm5.model.config import Glm5Config
+
+
+class Linear(nn.Module):
+    """x [T, in] -> [T, out]."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        return ops.linear(x, self.weight, self.bias, out_dtype)
+
+
+class RMSNorm(nn.Module):
+    """x [..., dim] -> the same shape."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """x [..., dim] -> the same shape, with weight and bias."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def at_least_float32(x: torch.Tensor) -> torch.dtype:
+    """float32 for bf16 and float32 activations, float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class MLP(nn.Module):
+    """SwiGLU: x [T, H] -> down(silu(gate(x)) * up(x)) [T, H]."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, width)
+        self.up_proj = Linear(hidden_size, width)
+        self.down_proj = Linear(width, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(ops.silu_mul(torch.cat([self.gate_proj(x), self.up_proj(x)], -1)))
+
+
+class Router(nn.Module):
+    """Sigmoid router with a correction bias that decides the choice but not the weights (GLM-4.5 report, section 2)."""
+
+    def __init__(self, config: Glm5Config):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+
+    def _apply(self, fn, recurse=True):
+        # Casting the model must not round the bias: steps of 0.001 vanish in bf16.
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        if moved.dtype != torch.float32:
+            kept = torch.empty_like(moved, dtype=torch.float32) if bias.is_meta else bias.to(moved.device)
+            self.e_score_correction_bias = kept
+        return self
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, H] -> weights [T, topk] float32, ids [T, topk] int32."""
+        c = self.config
+        logits = ops.linear(x, self.weight, None, at_least_float32(x))
+        bias = self.e_score_correction_bias
+        if bias.dtype != logits.dtype:
+            bias = bias.to(logits.dtype)
+        return ops.moe_router(
+            logits, bias, c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, c.routed_scaling_factor, None
+        )
+
+
+class Experts(nn.Module):
+    """The routed experts, fused: gate_up_proj [E, 2I, H] (gate first), down_proj [E, H, I]."""
+
+    def __init__(self, config: Glm5Config):
+        super().__init__()
+        experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, x: torch.Tensor, group_ends: torch.Tensor) -> torch.Tensor:
+        """x [S, H] sorted by expert, group_ends [E] -> [S, H]."""
+        return ops.grouped_linear(
+            ops.silu_mul(ops.grouped_linear(x, self.gate_up_proj, group_ends)), self.down_proj, group_ends
+        )
+
+
+class MoE(nn.Module):
+    """Routed experts plus a shared one: x [T, H] -> ([T, H], how many tokens each expert got [E] int32)."""
+
+    def __init__(self, config: Glm5Config):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = (
+            MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+            if config.n_shared_experts
+            else None
+        )
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = self.gate(x)
+        slots, _, slot_of_row, group_ends = ops.moe_permute(x, ids, self.gate.config.n_routed_experts)
+        routed = ops.moe_unpermute(self.experts(slots, group_ends), slot_of_row, weights)
+        load = group_ends - torch.cat([torch.zeros_like(group_ends[:1]), group_ends[:-1]])
+        return (routed if self.shared_experts is None else routed + self.shared_experts(x)), load

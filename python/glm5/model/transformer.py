@@ -1,0 +1,100 @@
+"""The decoder: blocks, the MTP layer, and the backbone that runs them over a flat batch of tokens.
+
+A batch is one row of tokens, [T]; which keys a token may see is its range [ks, ke) of rows, so packed documents, a batch of
+sequences and a prefill chunk are the same thing to every layer.
+"""
+
+import torch
+from torch import nn
+
+from glm5.model.attention import MLA, Pass
+from glm5.model.config import Glm5Config
+from glm5.model.layers import MLP, Linear, MoE, RMSNorm
+
+
+class Embedding(nn.Module):
+    """tokens [T] -> [T, H]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(tokens, self.weight)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm block: x [T, H] -> [T, H]."""
+
+    def __init__(self, config: Glm5Config, layer: int, has_indexer: bool, dense: bool):
+        super().__init__()
+        self.layer = layer
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MLA(config, layer, has_indexer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+
+    def forward(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), run)
+        update = self.mlp(self.post_attention_layernorm(x))
+        if isinstance(self.mlp, MoE):
+            update, load = update
+            run.loads[self.layer] = run.loads[self.layer] + load if self.layer in run.loads else load
+        return x + update
+
+
+class MtpLayer(DecoderLayer):
+    """The multi-token-prediction layer: one set of parameters, unrolled. Its number is num_hidden_layers."""
+
+    def __init__(self, config: Glm5Config):
+        super().__init__(config, config.num_hidden_layers, has_indexer=True, dense=False)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
+        self.shared_head = nn.Module()
+        self.shared_head.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def step(self, hidden: torch.Tensor, embedded: torch.Tensor, run: Pass) -> torch.Tensor:
+        """hidden [T, H] of the step before, embedded [T, H] of the token it leads to -> hidden [T, H] of this step."""
+        return self(self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], -1)), run)
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks, final norm; the MTP layer, when there is one, stands last in ``layers``."""
+
+    def __init__(self, config: Glm5Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        layers = [
+            DecoderLayer(config, i, has_indexer=kind == "full", dense=i < config.first_k_dense_replace)
+            for i, kind in enumerate(config.layer_indexers)
+        ]
+        self.layers = nn.ModuleList([*layers, MtpLayer(config)] if config.num_nextn_predict_layers else layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    @property
+    def mtp(self) -> MtpLayer | None:
+        """The MTP layer."""
+        return self.layers[self.config.num_hidden_layers] if self.config.num_nextn_predict_layers else None
+
+    def forward(self, tokens: torch.Tensor, run: Pass) -> torch.Tensor:
+        """tokens [T] -> hidden [T, H] after the final norm."""
+        x = self.embed_tokens(tokens)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            x = layer(x, run)
+        return self.norm(x)
+
+    def unroll_mtp(self, tokens: torch.Tensor, hidden: torch.Tensor, run: Pass, depth: int):
+        """Yields for d = 1 .. depth the hidden states [T, H] whose row t leads to token t + d + 1 through the shared head.
+
+        Row t of step d reads tokens up to t + d. Where that crosses the end of the pack the last token stands in, and where
+        it crosses the row's document the next document's: such rows have no target, and no row that has one attends to them.
+        """
+        last = tokens.shape[0] - 1
+        row = torch.arange(tokens.shape[0], device=tokens.device)
+        for d in range(1, depth + 1):
+            run.reuse_indices = d > 1 and self.config.index_share_for_mtp_iteration
+            following = tokens.index_select(0, (row + d).clamp(max=max(last, 0)))
+            hidden = self.mtp.step(hidden, self.embed_tokens(following), run)
+            yield self.mtp.shared_head.norm(hidden)
