@@ -63,6 +63,16 @@ def test_a_document_does_not_feel_its_pack(form, dtype):
 
 @FORMS
 @torch.no_grad()
+def test_every_instruction_set_keeps_the_promise(isa, form):
+    model = shapes.model(form, index_topk=64)
+    long, short = shapes.random_tokens(700), shapes.random_tokens(33, seed=1)
+    packed = hidden(model, shapes.pack(short, long))
+    assert same_bits(packed[33:], hidden(model, shapes.pack(long)))
+    assert same_bits(packed[:433], hidden(model, shapes.pack(short, long[:400])))
+
+
+@FORMS
+@torch.no_grad()
 def test_threads_change_nothing(form):
     model, ids = shapes.model(form), shapes.random_tokens(2, 90)
     whole = model(ids, mtp_depth=1)
