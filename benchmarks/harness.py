@@ -1,0 +1,341 @@
+"""How a benchmark is run here: ours and the peer interleaved in one process, medians, and the machine's own ceiling.
+
+A family module yields ``Case``s (built lazily, one at a time, so that their inputs never live together) and may yield
+``MemoryCase``s. ``python -m benchmarks`` runs them all. Knows nothing about any op.
+"""
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from glm5 import _native
+
+_native._lib.glm5_peak_flops.restype = ctypes.c_double
+_native._lib.glm5_peak_flops.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+_native._lib.glm5_peak_read.restype = ctypes.c_double
+_native._lib.glm5_peak_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+
+
+@dataclass
+class Case:
+    """One measurement.
+
+    Attributes:
+        name: what is measured, with its sizes: "linear bf16 M=64 N=K=4096".
+        ours: runs our op once; packing and quantising done inside a call are inside its time.
+        peer: runs the peer once, on the same inputs; None when there is none.
+        work: floating-point operations (or bytes, for peak "read") of one call of ours.
+        peak: which ceiling ``work`` is held against: "float32", "bf16" (both of the instruction set in force) or "read".
+        peer_name: what the peer is.
+        peer_scale: multiplies the peer's time, where the peer is timed on a part; say so in ``note``.
+        peer_work: operations of one call of the peer where they differ from ours.
+        isa: instruction set to run ours on; None is the process's.
+        goal_ratio, goal_share: what we want: peer time / our time at least this, share of the peak at least this.
+        note: one line for the reader.
+    """
+
+    name: str
+    ours: Callable[[], object]
+    peer: Callable[[], object] | None = None
+    work: float = 0.0
+    peak: str | None = None
+    peer_name: str = "torch"
+    peer_scale: float = 1.0
+    peer_work: float | None = None
+    isa: str | None = None
+    goal_ratio: float | None = None
+    goal_share: float | None = None
+    note: str = ""
+
+
+@dataclass
+class MemoryCase:
+    """The working memory of one call: how far the resident set rises above what its inputs took.
+
+    Attributes:
+        name: what is measured.
+        target: "package.module:function"; the function builds the inputs and returns the callable to be measured.
+        arguments: keyword arguments of the function, plain values.
+        limit: bytes that the design promises not to pass.
+    """
+
+    name: str
+    target: str
+    arguments: dict = field(default_factory=dict)
+    limit: float | None = None
+
+
+@dataclass
+class Result:
+    """What a case gave; times in seconds."""
+
+    name: str
+    ours: float
+    peer: float | None
+    ratio: float | None
+    rate: float | None  # operations (or bytes) a second
+    peak: str | None
+    peak_rate: float | None
+    share: float | None
+    peer_name: str
+    isa: str
+    load: float
+    goal_ratio: float | None
+    goal_share: float | None
+    note: str
+    peer_share: float | None = None
+
+    @property
+    def complaint(self) -> str | None:
+        if self.share is not None and self.share > 1.0:
+            return f"{self.name}: {100 * self.share:.1f} % of a peak that was measured too low"
+        return None
+
+
+# ---- ceilings ----
+
+
+def _l3_bytes() -> int:
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]]
+    except (OSError, KeyError, ValueError):
+        return 32 << 20
+
+
+# More than the last-level cache holds, but no more than a small machine can spare.
+COLD_BYTES = min(max(4 * _l3_bytes(), 128 << 20), 1 << 30)
+
+
+class Peaks:
+    """The ceilings seen so far: of register-only loops, of a plain read, and of anything else that ran faster."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.rates: dict[tuple[str, str], float] = {}
+        self._buffer = None
+
+    def measure(self, peak: str, isa: str) -> None:
+        """Runs the loop for ``peak`` on instruction set ``isa`` and keeps the fastest."""
+        best, end = 0.0, time.perf_counter() + self.seconds
+        tasks = 8 * torch.get_num_threads()
+        if peak == "read" and self._buffer is None:
+            self._buffer = torch.ones(COLD_BYTES // 4)
+        with _native.using_cpu_isa(isa):
+            while best == 0.0 or time.perf_counter() < end:
+                start = time.perf_counter()
+                if peak == "read":
+                    done = _native._lib.glm5_peak_read(self._buffer.data_ptr(), COLD_BYTES)
+                else:
+                    done = _native._lib.glm5_peak_flops(peak.encode(), tasks)
+                best = max(best, done / (time.perf_counter() - start))
+        self.saw(peak, isa, best)
+
+    def saw(self, peak: str, isa: str, rate: float) -> None:
+        """Something reached ``rate``: the ceiling is at least that."""
+        self.rates[peak, isa] = max(self.rates.get((peak, isa), 0.0), rate)
+
+
+# ---- timing ----
+
+
+class Rotating:
+    """Cold copies: each call of ``next`` gives the next of enough copies to fall out of every cache."""
+
+    def __init__(self, tensor: torch.Tensor, total: int = COLD_BYTES):
+        count = max(2, -(-total // max(1, tensor.numel() * tensor.element_size())))
+        self.copies = [tensor.clone() for _ in range(count)]
+        self.index = 0
+
+    def next(self) -> torch.Tensor:
+        self.index = (self.index + 1) % len(self.copies)
+        return self.copies[self.index]
+
+
+def _time(call: Callable, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def time_interleaved(calls: list[Callable], seconds: float, sample: float = 0.01) -> list[list[float]]:
+    """Times of each call, taken in turn until ``seconds`` are over; a sample repeats a short call for about ``sample`` s."""
+    repeats = []
+    for call in calls:
+        call()
+        once = _time(call, 1)
+        repeats.append(max(1, min(1000, int(sample / max(once, 1e-7)))))
+    times: list[list[float]] = [[] for _ in calls]
+    end = time.perf_counter() + seconds
+    while len(times[0]) < 3 or (time.perf_counter() < end and len(times[0]) < 200):
+        for call, count, kept in zip(calls, repeats, times, strict=True):
+            kept.append(_time(call, count))
+    return times
+
+
+def run_case(case: Case, peaks: Peaks, seconds: float) -> Result:
+    """Times one case. The share of the peak is filled in by ``finish`` once every ceiling is known."""
+    isa = case.isa or _native.cpu_isa()
+    with _native.using_cpu_isa(isa) if case.isa else nullcontext(), torch.no_grad() if case.peer is None else nullcontext():
+        if case.peak:
+            peaks.measure(case.peak, isa)
+        samples = time_interleaved([case.ours] + ([case.peer] if case.peer else []), seconds)
+        if case.peak:
+            peaks.measure(case.peak, isa)
+    ours = statistics.median(samples[0])
+    peer = statistics.median(samples[1]) * case.peer_scale if case.peer else None
+    rate = case.work / ours if case.work else None
+    if case.peak:
+        peaks.saw(case.peak, isa, case.work / min(samples[0]))
+        # A peer runs on whatever torch chooses: it tells something about the process's own set only.
+        if peer and isa == _native.available_isas()[-1]:
+            peaks.saw(case.peak, isa, (case.peer_work or case.work) / (min(samples[1]) * case.peer_scale))
+    return Result(
+        name=case.name, ours=ours, peer=peer, ratio=peer / ours if peer else None, rate=rate, peak=case.peak,
+        peak_rate=None, share=None, peer_name=case.peer_name, isa=isa, load=os.getloadavg()[0],
+        goal_ratio=case.goal_ratio, goal_share=case.goal_share, note=case.note,
+    )  # fmt: skip
+
+
+def finish(results: list[Result], peaks: Peaks) -> None:
+    """Fills in the shares of the peak: the larger of the register-only loop and the fastest thing seen in the run."""
+    for result in results:
+        if result.peak:
+            result.peak_rate = peaks.rates[result.peak, result.isa]
+            result.share = result.rate / result.peak_rate
+
+
+# ---- memory ----
+
+_CHILD = """
+import gc, importlib, json, sys
+module, function = sys.argv[1].split(":")
+import torch
+torch.set_num_threads(int(sys.argv[3]))
+work = getattr(importlib.import_module(module), function)(**json.loads(sys.argv[2]))
+def status(key):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
+gc.collect()
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS:")
+kept = work()
+print(status("VmHWM:") - before)
+"""
+
+
+def peak_memory(target: str, threads: int | None = None, **arguments) -> int:
+    """Bytes by which one call raises the resident set's high-water mark, in a process of its own.
+
+    ``target`` is "package.module:function"; the function builds the inputs and returns the callable that is measured. Its
+    outputs count as working memory.
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", _CHILD, target, json.dumps(arguments), str(threads or torch.get_num_threads())],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+    if run.returncode != 0:
+        raise RuntimeError(f"{target}: the measured process failed:\n{run.stderr[-2000:]}")
+    return int(run.stdout.split()[-1])
+
+
+# ---- reports ----
+
+
+def _seconds(value: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value / 1e-9:.3g} ns"
+
+
+def _mark(value: float | None, goal: float | None) -> str:
+    return "" if value is None or goal is None else (" ✓" if value >= goal else f" ✗ (want {goal:g})")
+
+
+def table(results: list[Result]) -> str:
+    """The results as a markdown table."""
+    lines = [
+        "| case | set | ours | peer | ratio | rate | share of peak | load |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        unit = "GB/s" if r.peak == "read" else "GF/s"
+        share = f"{100 * r.share:.1f} % of {r.peak_rate / 1e9:.0f}" if r.share is not None else ""
+        want_share = None if r.goal_share is None else 100 * r.goal_share
+        lines.append(
+            f"| {r.name}{' (' + r.note + ')' if r.note else ''} | {r.isa} | {_seconds(r.ours)} "
+            f"| {r.peer_name + ' ' + _seconds(r.peer) if r.peer else ''} "
+            f"| {f'{r.ratio:.2f}x' if r.ratio else ''}{_mark(r.ratio, r.goal_ratio)} "
+            f"| {f'{r.rate / 1e9:.1f} {unit}' if r.rate else ''} "
+            f"| {share}{_mark(None if r.share is None else 100 * r.share, want_share)} | {r.load:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def memory_table(results: list[tuple[MemoryCase, int]]) -> str:
+    """The memory results as a markdown table."""
+    lines = ["| working memory of | peak | promised |", "|---|---|---|"]
+    for case, used in results:
+        promised = f"{case.limit / 2**20:.0f} MiB{' ✓' if used <= case.limit else ' ✗'}" if case.limit else ""
+        lines.append(f"| {case.name} | {used / 2**20:.0f} MiB | {promised} |")
+    return "\n".join(lines)
+
+
+def families(wanted: list[str]) -> Iterator[tuple[str, object]]:
+    """The modules ``benchmarks.ops.bench_<family>``, all or the wanted ones. Raises ValueError for an unknown family."""
+    known = sorted(p.stem.removeprefix("bench_") for p in (Path(__file__).parent / "ops").glob("bench_*.py"))
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"no benchmark for {', '.join(unknown)}; there are {', '.join(known)}")
+    for name in wanted or known:
+        yield name, importlib.import_module(f"benchmarks.ops.bench_{name}")
+
+
+def run(wanted: list[str], quick: bool, only: str = "", out: Path | None = None) -> list[str]:
+    """Runs the families, prints the tables, writes the JSON; returns complaints (a share over 100 %, a broken promise)."""
+    seconds = 0.3 if quick else 1.5
+    peaks, results, memory = Peaks(0.1 if quick else 0.3), [], []
+    for _, module in families(wanted):
+        for case in module.cases(quick):
+            if only in case.name:
+                results.append(run_case(case, peaks, seconds))
+                print(f"{case.name}: {_seconds(results[-1].ours)}", file=sys.stderr, flush=True)
+            del case
+            gc.collect()
+        for case in getattr(module, "memory_cases", lambda quick: ())(quick):
+            if only in case.name:
+                memory.append((case, peak_memory(case.target, **case.arguments)))
+    finish(results, peaks)
+    print(
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, best set {_native.available_isas()[-1]}, "
+        f"load {os.getloadavg()[0]:.1f}\n"
+    )
+    if results:
+        print(table(results))
+    if memory:
+        print("\n" + memory_table(memory))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        rows = {
+            "results": [asdict(r) for r in results],
+            "memory": [{**asdict(case), "bytes": used} for case, used in memory],
+        }
+        part = out.with_name(out.name + ".part")
+        part.write_text(json.dumps(rows, indent=1))
+        part.replace(out)
+    return [c for r in results if (c := r.complaint)] + [
+        f"{case.name}: {used} bytes, promised {case.limit:.0f}" for case, used in memory if case.limit and used > case.limit
+    ]

@@ -1,0 +1,19 @@
+// What this processor can do at best: loops that touch registers only, and a plain read of memory. Benchmarks divide by
+// them. Compiled once per instruction set, since each has its own ceiling.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+
+// Each runs about `rounds` x 1000 dependent-free steps on the calling thread and returns the floating-point operations done.
+// peak_bf16 is what bf16 products run on: vdpbf16ps in the avx512 set, float32 elsewhere.
+// peak_read sums `bytes` bytes (a multiple of 1024) and returns the sum, so that the reads cannot be dropped.
+GLM5_DECLARE_KERNEL(double peak_float32(int64_t rounds); double peak_bf16(int64_t rounds);
+                    float peak_read(const void* data, int64_t bytes))
+
+#if defined(__x86_64__)
+namespace glm5::cpu::amx {
+double peak_bf16(int64_t rounds);  // TDPBF16PS
+}
+#endif
