@@ -75,11 +75,23 @@ GLM5_INLINE F multiply_add(Pairs a, Pairs b, F sum) {
 // What a product does to C: replaces it, goes on summing from it, or adds its own sum to it.
 enum class Into { replace, resume, add };
 
+// Names of the tiles for the path counter, by rows and vectors of columns.
+inline constexpr const char* kTileNames[7][5] = {
+    {},
+    {"", "mla product 1x1", "mla product 1x2", "", "mla product 1x4"},
+    {"", "mla product 2x1", "mla product 2x2", "", "mla product 2x4"},
+    {},
+    {"", "mla product 4x1", "mla product 4x2", "", "mla product 4x4"},
+    {},
+    {"", "mla product 6x1", "mla product 6x2", "", "mla product 6x4"},
+};
+
 template <class E, int R, int C>
 __attribute__((noinline)) void product_tile(int64_t k, const E* a, int64_t lda, const E* b, Acc<E>* c, int64_t ldc,
                                             Into into) {
   using V = Vector<E>;
   constexpr int L = V::kLanes, P = kPair<E>, W = kPanel<E>;
+  GLM5_COUNT_PATH(kTileNames[R][C]);
   V sums[R][C];
   if (into == Into::resume) {
 #pragma GCC unroll 6
@@ -106,6 +118,7 @@ __attribute__((noinline)) void product_tile(int64_t k, const E* a, int64_t lda, 
   }
   if constexpr (P == 2) {
     if (k % 2) {
+      GLM5_COUNT_PATH("mla product odd k");
 #pragma GCC unroll 4
       for (int j = 0; j < C; ++j) {
         const auto column = first_lanes(b + j * L * P);
