@@ -2,6 +2,19 @@
 #include "sparse_mla/sparse_mla.h"
 
 #include "common/checks.h"
+#include "sparse_mla/bf16.h"
+
+// Calls the kernel of the set in force, where there are tiles for bf16 the one that uses them.
+#if defined(__x86_64__)
+#define GLM5_CALL_SPARSE_MLA(fn, args)                                                    \
+  do {                                                                                    \
+    if ((args).dtype == 0 && ::glm5::current_isa() == ::glm5::Isa::amx)                   \
+      ::glm5::cpu::amx::fn##_bf16(args);                                                  \
+    else GLM5_CALL_KERNEL((args).dtype == 2, fn, args);                                   \
+  } while (0)
+#else
+#define GLM5_CALL_SPARSE_MLA(fn, args) GLM5_CALL_KERNEL((args).dtype == 2, fn, args)
+#endif
 
 namespace glm5 {
 namespace {
@@ -25,7 +38,8 @@ SparseMlaArgs shared_args(const char* op, const Inputs& in, double scale, int64_
   check_dim(op, "indices", in.indices, 2, "[queries, topk]");
   check_size(op, "kv", in.kv, 1, in.q.size(2), "dim of q");
   check_size(op, "indices", in.indices, 0, in.q.size(0), "queries of q");
-  if (in.q.size(1) < 1 || in.q.size(2) < 1) fail(op, ": q has shape ", shape_of(in.q), ", want at least one head and one dimension");
+  if (in.q.size(1) < 1 || in.q.size(2) < 1)
+    fail(op, ": q has shape ", shape_of(in.q), ", want at least one head and one dimension");
   if (value_dim < 1 || value_dim > in.q.size(2))
     fail(op, ": d_v is ", value_dim, ", want 1 to ", in.q.size(2), " (the dim of q and kv)");
   if (!(scale - scale == 0)) fail(op, ": scale is ", scale, ", want a finite number");
@@ -73,7 +87,7 @@ std::tuple<Tensor, Tensor> sparse_mla(const Tensor& q, const Tensor& kv, const T
   Tensor lse = empty_cpu({args.queries, args.heads}, acc_type(args));
   args.out = out.mutable_data_ptr();
   args.lse = lse.mutable_data_ptr();
-  GLM5_CALL_KERNEL(args.dtype == 2, sparse_mla_forward, args);
+  GLM5_CALL_SPARSE_MLA(sparse_mla_forward, args);
   return {out, lse};
 }
 
@@ -96,13 +110,13 @@ std::tuple<Tensor, Tensor> sparse_mla_backward(const Tensor& dout_in, std::optio
     args.dlse = dlse.const_data_ptr();
   }
   Tensor dq = empty_like_contiguous(in.q), dkv = empty_like_contiguous(in.kv);
-  Tensor dkv_acc = args.dtype == 0 ? empty_cpu({args.keys, args.dim}, ScalarType::Float) : dkv;
+  Tensor dkv_acc = args.dtype == 0 ? empty_cpu({args.keys, (args.dim + 31) / 32 * 32}, ScalarType::Float) : dkv;
   args.dout = dout.const_data_ptr();
   args.lse = const_cast<void*>(lse.const_data_ptr());
   args.dq = dq.mutable_data_ptr();
   args.dkv = dkv.mutable_data_ptr();
   args.dkv_acc = dkv_acc.mutable_data_ptr();
-  GLM5_CALL_KERNEL(args.dtype == 2, sparse_mla_backward, args);
+  GLM5_CALL_SPARSE_MLA(sparse_mla_backward, args);
   return {dq, dkv};
 }
 
@@ -115,7 +129,7 @@ Tensor sparse_mla_attn_target(const Tensor& q, const Tensor& kv, const Tensor& i
   Tensor target = empty_cpu({args.queries, args.topk}, acc_type(args));
   args.lse = const_cast<void*>(lse.const_data_ptr());
   args.target = target.mutable_data_ptr();
-  GLM5_CALL_KERNEL(args.dtype == 2, sparse_mla_attn_target, args);
+  GLM5_CALL_SPARSE_MLA(sparse_mla_attn_target, args);
   return target;
 }
 

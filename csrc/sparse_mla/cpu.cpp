@@ -1,18 +1,21 @@
-// Sparse MLA on the CPU, plain form: every instruction set and dtype; bf16 is widened to float32 on the way in. A query
-// is one task in the forward and sees only its own row, list and latent rows (row invariance).
+// Sparse MLA on the CPU, plain form: every instruction set and dtype except bf16 on AVX-512 and AMX, which
+// bf16_attention.h has; elsewhere bf16 is widened to float32 on the way in. A query is one task in the forward and sees
+// only its own row, list and latent rows (row invariance).
 //
 // Layout: heads lie along the lanes. q is transposed once a query ([dim][padded heads]); scores and probabilities are
 // [key][padded heads], so that softmax is vertical and both products that follow broadcast from it. Latent rows are used
 // where they lie.
 //
 // The backward takes queries in chunks. First, query by query: probabilities p from lse, dP = dout . V,
-// dS = p * (dP - sum_k p dP + dlse) * scale, dq = dS K; p and dS are kept for the chunk. Then, key range by key range: each row's
-// dkv += dS^T q + p^T dout, queries ascending. One pass, no atomics: the order of every sum is fixed by the inputs.
+// dS = p * (dP - sum_k p dP + dlse) * scale, dq = dS K; p and dS are kept for the chunk. Then, key range by key range: a
+// row's dkv += dS^T q + p^T dout, queries ascending. One pass, no atomics: the inputs alone fix the order of every sum.
 #include "sparse_mla/sparse_mla.h"
 
 #include "common/parallel.h"
 #include "common/simd.h"
+#include "sparse_mla/bf16.h"
 #include "sparse_mla/product.h"
+#include "sparse_mla/scratch.h"
 
 namespace glm5::cpu::GLM5_ISA {
 namespace {
@@ -23,17 +26,6 @@ GLM5_INLINE float log(float x) { return __builtin_logf(x); }
 GLM5_INLINE double log(double x) { return __builtin_log(x); }
 
 template <class V> constexpr int64_t padded(int64_t n) { return (n + V::kLanes - 1) / V::kLanes * V::kLanes; }
-
-// Cuts scratch into arrays, each 64-byte aligned. The first pass (base = 0) only adds up the size.
-struct Carver {
-  uintptr_t base;
-  size_t used = 0;
-  template <class X> X* take(int64_t count) {
-    X* p = reinterpret_cast<X*>(base + used);
-    used += (static_cast<size_t>(count) * sizeof(X) + 63) / 64 * 64;
-    return p;
-  }
-};
 
 template <class T>
 void widen(const T* from, Acc<T>* to, int64_t n) {
@@ -93,8 +85,7 @@ struct Forward {
 
   Scratch scratch() const {
     Scratch s{};
-    Carver c{0};
-    for (int pass = 0; pass < 2; ++pass) {
+    carve_scratch(0, [&](Carver& c) {
       s.qt = c.take<S>(a.dim * lanes);
       s.rows = c.take<S>(sizeof(T) == sizeof(S) ? 0 : kBlock * a.dim);
       s.p = c.take<S>(kBlock * lanes);
@@ -107,8 +98,7 @@ struct Forward {
       s.acc_of = c.take<S*>(a.heads);
       s.a_of = c.take<const S*>(a.heads);
       s.keys = c.take<int32_t>(kBlock);
-      if (pass == 0) c = Carver{reinterpret_cast<uintptr_t>(thread_scratch(0, c.used))};
-    }
+    });
     for (int64_t i = 0; i < kBlock; ++i) s.p_of[i] = s.p + i * lanes;
     for (int64_t h = 0; h < a.heads; ++h) s.acc_of[h] = s.acc + h * a.value_dim, s.a_of[h] = s.p + h;
     return s;
@@ -189,8 +179,7 @@ void attn_target(const SparseMlaArgs& a) {
     const S** row_of = nullptr;
     S** p_of = nullptr;
     int32_t* keys = nullptr;
-    Carver c{0};
-    for (int pass = 0; pass < 2; ++pass) {
+    carve_scratch(0, [&](Carver& c) {
       qt = c.take<S>(a.dim * lanes);
       rows = c.take<S>(sizeof(T) == sizeof(S) ? 0 : kBlock * a.dim);
       p = c.take<S>(kBlock * lanes);
@@ -198,8 +187,7 @@ void attn_target(const SparseMlaArgs& a) {
       row_of = c.take<const S*>(kBlock);
       p_of = c.take<S*>(kBlock);
       keys = c.take<int32_t>(kBlock);
-      if (pass == 0) c = Carver{reinterpret_cast<uintptr_t>(thread_scratch(0, c.used))};
-    }
+    });
     for (int64_t i = 0; i < kBlock; ++i) p_of[i] = p + i * lanes;
     // Padded heads get p = exp(0 - inf) = 0.
     for (int64_t h = 0; h < lanes; ++h)
@@ -223,7 +211,7 @@ void attn_target(const SparseMlaArgs& a) {
           continue;
         }
         V x = splat<V>(0);
-        for (int64_t h = 0; h < lanes; h += L) x = x + exp(fnma(splat<V>(1), load(lse + h), load(p + k * lanes + h) * scale));
+        for (int64_t h = 0; h < lanes; h += L) x = x + exp(load(p + k * lanes + h) * scale - load(lse + h));
         target[i] = sum(x);
         mass += target[i];
         ++k;
@@ -263,8 +251,7 @@ struct Backward {
     chunk = (int64_t{32} << 20) / bytes;
     if (chunk < 8 * num_threads()) chunk = 8 * num_threads();
     if (chunk > a.queries) chunk = a.queries;
-    Carver c{0};
-    for (int pass = 0; pass < 2; ++pass) {
+    carve_scratch(1, [&](Carver& c) {
       p = c.take<S>(chunk * a.topk * lanes);
       ds = c.take<S>(chunk * a.topk * lanes);
       q_wide = c.take<S>(kWiden ? chunk * a.heads * a.dim : 0);
@@ -273,8 +260,7 @@ struct Backward {
       counts = c.take<int32_t>(chunk);
       order = c.take<int32_t>(chunk * a.topk);
       starts = c.take<int32_t>(chunk * (ranges + 1));
-      if (pass == 0) c = Carver{reinterpret_cast<uintptr_t>(thread_scratch(1, c.used))};
-    }
+    });
   }
 
   // p, dS and dq of query t, kept in `slot`.
@@ -282,8 +268,7 @@ struct Backward {
     S *qt = nullptr, *dt = nullptr, *rows = nullptr, *acc = nullptr, *lse = nullptr, *delta = nullptr;
     const S **row_of = nullptr, **a_of = nullptr;
     S **p_of = nullptr, **ds_of = nullptr, **acc_of = nullptr;
-    Carver c{0};
-    for (int pass = 0; pass < 2; ++pass) {
+    carve_scratch(0, [&](Carver& c) {
       qt = c.take<S>(a.dim * lanes);
       dt = c.take<S>(a.value_dim * lanes);
       rows = c.take<S>(kWiden ? kBlock * a.dim : 0);
@@ -295,8 +280,7 @@ struct Backward {
       p_of = c.take<S*>(kBlock);
       ds_of = c.take<S*>(kBlock);
       acc_of = c.take<S*>(a.heads);
-      if (pass == 0) c = Carver{reinterpret_cast<uintptr_t>(thread_scratch(0, c.used))};
-    }
+    });
     const T* q = static_cast<const T*>(a.q) + t * a.heads * a.dim;
     const T* dout = static_cast<const T*>(a.dout) + t * a.heads * a.value_dim;
     const T* kv = static_cast<const T*>(a.kv);
@@ -444,26 +428,38 @@ void sparse_mla_find_bad_index(const SparseMlaArgs& a) {
 }
 
 void sparse_mla_forward(const SparseMlaArgs& args) {
+#if GLM5_ISA_LEVEL == 2
+  if (args.dtype == 0) return sparse_mla_forward_bf16(args);
+#else
   if (args.dtype == 0) Forward<bf16>{args}.run();
-  else if (args.dtype == 1) Forward<float>{args}.run();
+#endif
+  if (args.dtype == 1) Forward<float>{args}.run();
 #if GLM5_ISA_LEVEL == 0
-  else Forward<double>{args}.run();
+  if (args.dtype == 2) Forward<double>{args}.run();
 #endif
 }
 
 void sparse_mla_backward(const SparseMlaArgs& args) {
+#if GLM5_ISA_LEVEL == 2
+  if (args.dtype == 0) return sparse_mla_backward_bf16(args);
+#else
   if (args.dtype == 0) Backward<bf16>{args}.run();
-  else if (args.dtype == 1) Backward<float>{args}.run();
+#endif
+  if (args.dtype == 1) Backward<float>{args}.run();
 #if GLM5_ISA_LEVEL == 0
-  else Backward<double>{args}.run();
+  if (args.dtype == 2) Backward<double>{args}.run();
 #endif
 }
 
 void sparse_mla_attn_target(const SparseMlaArgs& args) {
+#if GLM5_ISA_LEVEL == 2
+  if (args.dtype == 0) return sparse_mla_attn_target_bf16(args);
+#else
   if (args.dtype == 0) attn_target<bf16>(args);
-  else if (args.dtype == 1) attn_target<float>(args);
+#endif
+  if (args.dtype == 1) attn_target<float>(args);
 #if GLM5_ISA_LEVEL == 0
-  else attn_target<double>(args);
+  if (args.dtype == 2) attn_target<double>(args);
 #endif
 }
 

@@ -109,7 +109,8 @@ void multiply(const Product<typename V::Scalar>& p, int64_t rows, int64_t cols, 
   for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += kDepth) {
     const int64_t k1 = k0 + kDepth < depth ? k0 + kDepth : depth;
     int64_t n = 0;
-    for (; n + kTileVectors * L <= cols; n += kTileVectors * L) column_of_tiles<V, kTileVectors, Gathered>(p, rows, n, L, k0, k1);
+    for (; n + kTileVectors * L <= cols; n += kTileVectors * L)
+      column_of_tiles<V, kTileVectors, Gathered>(p, rows, n, L, k0, k1);
     for (; n < cols; n += L) column_of_tiles<V, 1, Gathered>(p, rows, n, cols - n < L ? cols - n : L, k0, k1);
   }
 }

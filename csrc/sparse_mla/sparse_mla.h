@@ -26,7 +26,7 @@ struct SparseMlaArgs {
   const void* dlse;         // [queries, heads] acc, or null for 0    backward
   void* dq;                 // [queries, heads, dim]                  backward
   void* dkv;                // [keys, dim]                            backward
-  void* dkv_acc;            // [keys, dim] acc; dkv itself where dtype is acc   backward
+  void* dkv_acc;            // [keys, dim] acc, dkv itself; for bf16 float [keys, dim rounded up to 32]   backward
   void* target;             // [queries, topk] acc                    attn_target
 };
 

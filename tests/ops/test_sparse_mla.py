@@ -112,7 +112,8 @@ class TestRowInvariance:
 @DTYPES
 class TestEdges:
     @pytest.mark.parametrize(
-        "heads, dim, d_v", [(1, 2, 1), (3, 17, 5), (4, 96, 64), (16, 576, 512), (64, 576, 512), (128, 40, 33)]
+        "heads, dim, d_v",
+        [(1, 2, 1), (3, 17, 5), (4, 96, 64), (16, 576, 512), (20, 33, 32), (40, 108, 69), (64, 576, 512), (128, 40, 33)],
     )
     def test_any_shape(self, isa, dtype, heads, dim, d_v):
         for topk in (1, 70):
@@ -293,16 +294,25 @@ def test_the_last_of_many_indices_is_checked(isa):
         ops.sparse_mla(**arguments)
 
 
+def paths(isa):
+    """Every microkernel and tail of an instruction set."""
+    rows = (4, 2, 1) if isa == "portable" else (6, 4, 2, 1)
+    names = [f"sparse_mla {kind} {r}" for kind in ("wide tile", "tile", "masked tile") for r in rows]
+    if isa == "avx512":
+        names += [f"sparse_mla pairs scores {tile}" for tile in "8x1 6x2 6x3 6x4 2x1 2x2 2x3 2x4".split()]
+        names += [f"sparse_mla pairs weighted {r}x{v}" for r in rows for v in (4, 2)]
+        names += [f"sparse_mla pairs scatter {r}" for r in (6, 2, 1)]
+    if isa == "amx":
+        names += [f"sparse_mla tiles {kind} {r}x2" for kind in ("weighted", "scatter") for r in (2, 1)]
+        names += [f"sparse_mla tiles scores 2x{c}" for c in (2, 1)]
+    return names
+
+
 def test_every_tile_runs(isa):
     """Shapes that reach every tile and tail of this instruction set's kernels; the tests above judge their numbers."""
     with _native.counted_paths() as counts:
         for dtype in (torch.bfloat16, torch.float32):
-            for heads in (1, 3, 6, 7, 64):
-                everything(example(heads=heads, dim=76, d_v=37, dtype=dtype))
-    missing = [name for name in _native_paths(isa) if not counts.get(name)]
-    assert not missing, f"{missing} of {sorted(counts)}"
-
-
-def _native_paths(isa):
-    rows = (6, 4, 2, 1) if isa != "portable" else (4, 2, 1)
-    return [f"sparse_mla {kind} {r}" for kind in ("wide tile", "tile", "masked tile") for r in rows]
+            for heads in (1, 3, 6, 7, 20, 40, 64):
+                everything(example(heads=heads, dim=108, d_v=69, dtype=dtype))
+            everything(example(valid=11, dtype=dtype))
+    assert not (missing := [name for name in paths(isa) if not counts.get(name)]), f"{missing} of {sorted(counts)}"
