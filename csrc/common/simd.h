@@ -309,6 +309,46 @@ GLM5_INLINE F exp(F x) {
   return where_lt(x, lowest, splat<F>(0.f), y);
 }
 
+// The natural logarithm of normal positive numbers, about 1 ulp; of +inf and NaN, some large number or NaN. x = m 2^e with m in
+// [sqrt(1/2), sqrt(2)), then the polynomial of Cephes' logf in m - 1.
+GLM5_INLINE F log(F x) {
+  F m, e;
+#if GLM5_ISA_LEVEL == 2
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i power = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f3504f3)), 23);
+  m.v = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(power, 23)));
+  e.v = _mm512_cvtepi32_ps(power);
+#elif GLM5_ISA_LEVEL == 1
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i power = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f3504f3)), 23);
+  m.v = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(power, 23)));
+  e.v = _mm256_cvtepi32_ps(power);
+#else
+  F::Ints bits;
+  std::memcpy(&bits, &x.v, 16);
+  const F::Ints power = (bits - 0x3f3504f3) >> 23;
+  bits = bits - (power << 23);
+  std::memcpy(&m.v, &bits, 16);
+  for (int i = 0; i < 4; ++i) e.v[i] = static_cast<float>(power[i]);
+#endif
+  const F f = m - splat<F>(1.f), z = f * f;
+  F p = splat<F>(7.0376836292e-2f);
+  p = fma(p, f, splat<F>(-1.1514610310e-1f));
+  p = fma(p, f, splat<F>(1.1676998740e-1f));
+  p = fma(p, f, splat<F>(-1.2420140846e-1f));
+  p = fma(p, f, splat<F>(1.4249322787e-1f));
+  p = fma(p, f, splat<F>(-1.6668057665e-1f));
+  p = fma(p, f, splat<F>(2.0000714765e-1f));
+  p = fma(p, f, splat<F>(-2.4999993993e-1f));
+  p = fma(p, f, splat<F>(3.3333331174e-1f));
+  p = fma(e, splat<F>(-2.12194440e-4f), p * f * z);
+  p = fnma(splat<F>(0.5f), z, p);
+  return fma(e, splat<F>(0.693359375f), f + p);
+}
+#if GLM5_ISA_LEVEL == 0
+GLM5_INLINE D log(D x) { return {D::Native{__builtin_log(x.v[0]), __builtin_log(x.v[1])}}; }
+#endif
+
 // The vector type that computes for storage type T: F for bf16 and float, D for double.
 template <class T> struct VectorFor { using Type = F; };
 #if GLM5_ISA_LEVEL == 0
