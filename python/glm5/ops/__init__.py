@@ -4,6 +4,7 @@ Each has a dense specification of the same name and signature in ``glm5.referenc
 """
 
 from glm5.ops.hadamard import rotate_hadamard
+from glm5.ops.indexer_kl import indexer_kl_loss, lightning_indexer_kl
 from glm5.ops.lightning_indexer import lightning_indexer_logits, lightning_indexer_topk
 from glm5.ops.linear import batched_linear, grouped_linear, linear
 from glm5.ops.mla_attention import mla_attention, mla_attn_target
@@ -18,7 +19,9 @@ from glm5.ops.topk_indices import topk_indices
 __all__ = [
     "batched_linear",
     "grouped_linear",
+    "indexer_kl_loss",
     "layer_norm",
+    "lightning_indexer_kl",
     "lightning_indexer_logits",
     "lightning_indexer_topk",
     "linear",

@@ -1,0 +1,131 @@
+"""The indexer's training loss on the compiled kernels: KL from the attention's distribution to the indexer's.
+
+``lightning_indexer_kl`` is what training uses; ``indexer_kl_loss`` is the same from given logits and target.
+"""
+
+import torch
+
+from glm5 import _native  # noqa: F401  (registers the ops)
+from glm5.ops._checks import want_tensors
+
+
+def lightning_indexer_kl(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    ks: torch.Tensor,
+    ke: torch.Tensor,
+    attn_q: torch.Tensor,
+    attn_k: torch.Tensor,
+    attn_lse: torch.Tensor,
+    scale: float,
+    indices: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``KL(p[t] || softmax(I[t]))`` per query, in nats (DeepSeek-V3.2, eq. 3 and 4), never holding [Tq, Tk].
+
+    I is ``lightning_indexer_logits``. p is the attention's distribution summed over heads, made to sum to one:
+    ``p[t,s] ~ sum_h exp(scale * attn_q[t,h] . attn_k[s,h] - attn_lse[t,h])``. Without ``indices`` (the warm-up stage) both
+    distributions are over the keys [ks, ke); with them (the sparse stage) over the selected keys alone. Scores are computed
+    again in the backward; with indices the masses, [Tq, topk], are kept instead. Working memory: a block of 256 keys by a
+    tile of queries for each thread, and in the backward at most 16 copies of dk.
+
+    Args:
+        q: [Tq, Hi, Di], the indexer's queries; bfloat16, float32 or float64.
+        k: [Tk, Di], the indexer's keys, dtype of q.
+        weights: [Tq, Hi] float32 (float64 for float64), all scales of I folded in.
+        ks, ke: int32 [Tq], the keys [ks, ke) that each query sees, 0 <= ks and ke <= Tk.
+        attn_q: [Tq, H, D], the attention's queries, dtype of q.
+        attn_k: [Tk, H, D], a key per head, as in ``mla_attention``; with indices [Tk, D], latent rows as in ``sparse_mla``.
+        attn_lse: [Tq, H] float32 (float64 for float64), the attention's lse over the same keys.
+        scale: the attention's softmax scale.
+        indices: int32 [Tq, topk], ascending, -1 padded, inside [ks, ke); or None.
+
+    Returns:
+        [Tq] float32 (float64 for float64); 0 for a query without keys. Sums are anchored at ks, or at position 0 of the
+        index list: a query's loss depends on itself and its keys alone. Differentiable in q, k and weights; the attention
+        is a constant.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: wrong dtype, shape or device, ks < 0, ke > Tk, indices out of range, not ascending or with a -1 inside.
+    """
+    want_tensors("lightning_indexer_kl", q=q, k=k, weights=weights, ks=ks, ke=ke, attn_q=attn_q, attn_k=attn_k)
+    want_tensors("lightning_indexer_kl", attn_lse=attn_lse, **({} if indices is None else {"indices": indices}))
+    attention = (attn_q.detach(), attn_k.detach(), attn_lse.detach())
+    return torch.ops.glm5.lightning_indexer_kl(q, k, weights, ks, ke, *attention, scale, indices)[0]
+
+
+def _real(t):
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("glm5::lightning_indexer_kl")
+def _(q, k, weights, ks, ke, attn_q, attn_k, attn_lse, scale, indices=None):
+    queries, topk = q.shape[0], 0 if indices is None else indices.shape[1]
+    return (
+        q.new_empty(queries, dtype=_real(q)),
+        q.new_empty((queries, 2), dtype=torch.float64),
+        q.new_empty((queries, topk), dtype=_real(q)),
+    )
+
+
+@torch.library.register_fake("glm5::lightning_indexer_kl_backward")
+def _(dkl, stats, mass, q, k, weights, ks, ke, attn_q, attn_k, attn_lse, scale, indices):
+    return q.new_empty(q.shape), k.new_empty(k.shape), weights.new_empty(weights.shape)
+
+
+def _kl_setup_context(ctx, inputs, output):
+    *tensors, ctx.scale, indices = inputs
+    _, stats, mass = output
+    ctx.mark_non_differentiable(stats, mass)
+    ctx.save_for_backward(stats, mass, *tensors, indices)
+
+
+def _kl_backward(ctx, dkl, _dstats, _dmass):
+    *tensors, indices = ctx.saved_tensors
+    dq, dk, dweights = torch.ops.glm5.lightning_indexer_kl_backward(dkl, *tensors, ctx.scale, indices)
+    return dq, dk, dweights, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd("glm5::lightning_indexer_kl", _kl_backward, setup_context=_kl_setup_context)
+
+
+def indexer_kl_loss(logits: torch.Tensor, target: torch.Tensor, indices: torch.Tensor | None = None) -> torch.Tensor:
+    """``KL(target || softmax(logits))`` per query, in nats, with 0 log 0 = 0: the specification of ``lightning_indexer_kl``.
+
+    Args:
+        logits: [Tq, Tk] float32 or float64, -inf where a key may not be seen.
+        target: the attention's distribution, dtype of logits: [Tq, Tk], or [Tq, topk] with indices. A constant.
+        indices: int32 [Tq, topk], -1 selects nothing: the softmax is over the selected keys alone; or None.
+
+    Returns:
+        [Tq], dtype of logits; 0 for a query without keys. Sums start at the first key that may be seen. Differentiable in
+        logits.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: wrong dtype, shape or device, an index outside [-1, Tk).
+    """
+    want_tensors("indexer_kl_loss", logits=logits, target=target, **({} if indices is None else {"indices": indices}))
+    return torch.ops.glm5.indexer_kl_loss(logits, target.detach(), indices)
+
+
+@torch.library.register_fake("glm5::indexer_kl_loss")
+def _(logits, target, indices=None):
+    return logits.new_empty(logits.shape[0])
+
+
+@torch.library.register_fake("glm5::indexer_kl_loss_backward")
+def _(dkl, logits, target, indices):
+    return logits.new_empty(logits.shape)
+
+
+def _loss_setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _loss_backward(ctx, dkl):
+    return torch.ops.glm5.indexer_kl_loss_backward(dkl, *ctx.saved_tensors), None, None
+
+
+torch.library.register_autograd("glm5::indexer_kl_loss", _loss_backward, setup_context=_loss_setup_context)
