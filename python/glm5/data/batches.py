@@ -1,4 +1,4 @@
-"""Documents cut, packed and drawn: ``dataset.batch(step)`` is a function of its arguments and nothing else.
+"""Documents cut, packed and drawn: ``dataset.batch(step, ...)`` is a function of its arguments and nothing else.
 
 A document longer than the sequence length is cut into pieces; each piece is a document of its own to attention and
 positions, but its last token still has the next token of the file as its target. Pieces are shuffled once, packed
@@ -24,7 +24,7 @@ class Batch:
 
     tokens: torch.Tensor  # [T] int64
     targets: torch.Tensor  # [T] int64, the next token of the same document, or -100
-    positions: torch.Tensor  # [T] int64, counted from the start of the document
+    positions: torch.Tensor  # [T] int32, counted from the start of the document
     ks: torch.Tensor  # [T] int32, first key the token may see: the start of its document
     ke: torch.Tensor  # [T] int32, one past the last: its own place + 1 (causal)
 
@@ -76,13 +76,12 @@ class PackedDataset:
     def num_tokens(self) -> int:
         return len(self._tokens)
 
-    def batch(self, step: int, packs_per_step: int) -> Batch:
-        """Batch number `step`: packs ``step * packs_per_step`` and on, of the endless row of shuffled epochs."""
-        places = range(step * packs_per_step, (step + 1) * packs_per_step)
-        orders = {
-            epoch: permutation(self.seed, STREAM_EPOCH, epoch, self.num_packs)
-            for epoch in {p // self.num_packs for p in places}
-        }
+    def batch(self, step: int, packs_per_step: int, first_pack: int = 0) -> Batch:
+        """Batch number `step` of a stage that begins `first_pack` packs into the endless row of shuffled epochs."""
+        begin = first_pack + step * packs_per_step
+        places = range(begin, begin + packs_per_step)
+        epochs = {place // self.num_packs for place in places}
+        orders = {epoch: permutation(self.seed, STREAM_EPOCH, epoch, self.num_packs) for epoch in epochs}
         return self.collate([orders[place // self.num_packs][place % self.num_packs] for place in places])
 
     def collate(self, pack_ids) -> Batch:
@@ -93,7 +92,7 @@ class PackedDataset:
         size = self.sequence_length
         tokens = np.full(len(pack_ids) * size, self._eos, np.int64)
         targets = np.full(len(tokens), IGNORED_TARGET, np.int64)
-        positions = np.zeros(len(tokens), np.int64)
+        positions = np.zeros(len(tokens), np.int32)
         ks = np.zeros(len(tokens), np.int32)
         for i, pack in enumerate(self._packs[p] for p in pack_ids):
             base, used = i * size, pack.num_tokens

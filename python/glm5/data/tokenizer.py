@@ -56,17 +56,22 @@ class ByteTokenizer:
         return np.concatenate([np.array(prefix, np.int32), self.encode(text), np.array([self.eos_id], np.int32)])
 
     def decode(self, ids, skip_special: bool = True) -> str:
-        """Text of `ids`. Bytes that are not UTF-8 show as U+FFFD; special tokens are dropped or written out.
+        """Text of `ids`. Special tokens are dropped or written out.
+
+        Bytes that are not UTF-8 show as U+FFFD, and so do ids past the vocabulary: models round it up and may name such a
+        row.
 
         Raises:
-            ValueError: an id outside the vocabulary.
+            ValueError: a negative id.
         """
         out = bytearray()
         for token in (int(i) for i in ids):
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(f"decode: token id {token} is outside the vocabulary of {self.vocab_size}")
+            if token < 0:
+                raise ValueError(f"decode: token id {token} is negative")
             if token < 256:
                 out.append(token)
+            elif token >= self.vocab_size:
+                out += "\ufffd".encode()
             elif not skip_special:
                 out += SPECIAL_TOKENS[token - 256].encode()
         return out.decode(errors="replace")
