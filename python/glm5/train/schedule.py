@@ -1,0 +1,16 @@
+"""Learning-rate schedules: factors of the peak as a function of the step."""
+
+import math
+
+from glm5.recipes import StageRecipe
+
+
+def lr_factor(step: int, stage: StageRecipe) -> float:
+    """The factor for update `step` (from 0): a linear rise over ``warmup_steps``, then `schedule` down to ``final_lr``."""
+    if step < stage.warmup_steps:
+        return (step + 1) / stage.warmup_steps
+    if stage.schedule == "constant":
+        return 1.0
+    progress = (step - stage.warmup_steps + 1) / max(1, stage.steps - stage.warmup_steps)
+    fall = progress if stage.schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return 1 + (stage.final_lr - 1) * fall
