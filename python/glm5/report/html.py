@@ -1,0 +1,103 @@
+"""``report.html`` of a run: the final table, curves of loss, KL and speed, and what the model writes."""
+
+import json
+from html import escape
+from pathlib import Path
+
+from glm5.report.chart import line_chart
+from glm5.report.table import Row, summary_rows
+from glm5.train.checkpoint import write_atomically
+from glm5.train.metrics import read_metrics
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8885; --soft: #888; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; white-space: pre; } svg { width: 100%; height: auto; font: 11px
+system-ui, sans-serif; } svg text:not([fill]) { fill: currentColor; } .grid { stroke:
+var(--line); stroke-width: .7; } .empty, figcaption, .note { color: var(--soft); } figure { margin: 1rem 0; } pre {
+background: #8881; padding: .8rem; border-radius: 6px; overflow-x: auto; white-space: pre-wrap; }
+"""
+
+
+def write_report(folder: Path) -> Path:
+    """Writes ``report.html`` into the run folder `folder` from its metrics and evaluations, and returns its path."""
+    folder = Path(folder)
+    evaluation = json.loads((folder / "evaluation.json").read_text()) if (folder / "evaluation.json").exists() else {}
+    metrics = read_metrics(folder / "metrics.jsonl")
+    recipe = (folder / "recipe.toml").read_text()
+    path = folder / "report.html"
+    write_atomically(path, _page(folder.name, evaluation, metrics, recipe))
+    return path
+
+
+def _page(name: str, evaluation: dict, metrics: list[dict], recipe: str) -> str:
+    about = evaluation.get("about", {})
+    topk = about.get("topk", "k")
+    facts = [f"{about['parameters']:,} parameters" if "parameters" in about else "", about.get("text", ""), _speeds(metrics)]
+    body = [
+        f"<h1>{escape(name)}</h1><p class=note>{escape('; '.join(f for f in facts if f))}</p>",
+        "<h2>Result</h2>",
+        _table(summary_rows(evaluation), topk),
+        f"<p class=note>Nats per byte of held-out files. Long rows may see more than four times top-k = {topk} keys. "
+        f"Recall: share of the {topk} keys with the most attention that were selected. KL: from attention to the indexer, "
+        "dense or over the selected keys.</p>",
+    ]
+    for title, caption, chart in _charts(metrics, evaluation):
+        body.append(f"<h2>{escape(title)}</h2><figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>")
+    for sample in evaluation.get("samples", []):
+        body.append(
+            f"<h2>{escape(sample['title'])}</h2><pre><b>{escape(sample['prompt'])}</b>{escape(sample['text'])}</pre>"
+        )
+    body.append(f"<h2>Recipe</h2><pre>{escape(recipe)}</pre>")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>glm5: {escape(name)}</title>'
+        f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+    )
+
+
+def _table(rows: list[Row], topk) -> str:
+    head = ("", "nats/byte", "long rows", f"top-{topk} recall", "indexer KL")
+    lines = ["<tr>" + "".join(f"<th>{escape(h)}</th>" for h in head) + "</tr>"]
+    for row in rows:
+        numbers = ((row.nats_per_byte, ".4f"), (row.long_rows, ".4f"), (row.recall, ".1%"), (row.kl, ".4f"))
+        cells = [row.name, *("" if value is None else f"{value:{form}}" for value, form in numbers)]
+        lines.append("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _charts(metrics: list[dict], evaluation: dict):
+    """(title, caption, svg) of every curve there is data for."""
+    stages = list(dict.fromkeys(row["stage"] for row in metrics))
+    by_stage = {s: [row for row in metrics if row["stage"] == s] for s in stages}
+
+    def curve(stage, key):
+        return [(row["step"], row[key]) for row in by_stage[stage] if key in row]
+
+    for stage in stages:
+        losses = {key: curve(stage, key) for key in ("lm", "mtp1", "mtp2", "mtp3", "validation")}
+        losses = {name: line for name, line in losses.items() if line}
+        if stage != "dsa-warmup" and losses:
+            caption = (
+                "Nats a token of training batches (lm; mtpN predicts N tokens further) and nats a byte of held-out text."
+            )
+            yield f"{stage}: loss", caption, line_chart(losses, "step", "nats")
+        divergence = curve(stage, "indexer_kl")
+        if divergence:
+            caption = "Divergence of the indexer from the attention it should predict, on training batches; logarithmic."
+            yield f"{stage}: indexer KL", caption, line_chart({"KL": divergence}, "step", "nats", log_y=True)
+    recalls = {key: [(e["at"], e[key]) for e in evaluation.get("recalls", [])] for key in ("indexer", "window")}
+    if recalls["indexer"]:
+        caption = "Share of the most attended keys that are selected, by held-out text, over the steps of both DSA stages."
+        yield "Recall of the true top-k", caption, line_chart(recalls, "DSA step", "recall")
+
+
+def _speeds(metrics: list[dict]) -> str:
+    """Median tokens/s of each stage."""
+    speeds: dict[str, list[float]] = {}
+    for row in metrics:
+        if row.get("tokens_per_s"):
+            speeds.setdefault(row["stage"], []).append(row["tokens_per_s"])
+    return ", ".join(f"{stage} {sorted(s)[len(s) // 2]:,} tokens/s" for stage, s in speeds.items())

@@ -1,0 +1,75 @@
+"""The report: self-contained, complete, and careful with what runs may hold."""
+
+import json
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from glm5.report import summary_rows, text_table, write_report
+from glm5.report.chart import line_chart, ticks
+
+EVALUATION = {
+    "done": ["pretrain"],
+    "about": {"topk": 64, "parameters": 2300000, "text": "10.4 MB of Python source"},
+    "pretrain/dense": {"nats_per_byte": 1.4, "long_rows": 1.38, "kl": 1.25},
+    "dsa-sparse/random": {"nats_per_byte": 1.6, "long_rows": None},
+    "recalls": [{"at": 0, "indexer": 0.2, "window": 0.3}, {"at": 60, "indexer": 0.8, "window": 0.3}],
+    "samples": [{"title": "A sample", "prompt": "def ", "text": "f(x):\n    return x < 3 & y"}],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "recipe.toml").write_text('name = "x"\n')
+    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
+    rows = [
+        {"stage": "pretrain", "step": i, "lm": 5.0 / i, "mtp1": 6.0 / i, "tokens_per_s": 12000 + i} for i in range(1, 40)
+    ]
+    rows += [{"stage": "pretrain", "step": 39, "validation": 1.4}]
+    rows += [{"stage": "dsa-warmup", "step": i, "lm": 1.4, "indexer_kl": 2.0 / i} for i in range(1, 20)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"stage": "dsa')
+    return tmp_path
+
+
+def test_a_report_needs_nothing_else_and_shows_everything(folder):
+    page = write_report(folder).read_text()
+    assert not re.search(r"(src|href)\s*=|@import|url\(|<script", page)
+    assert page.count("<svg") == 3  # loss, KL, recall
+    for text in (
+        "1.4000",
+        "1.3800",
+        "2,300,000 parameters",
+        "pretrain 12,020 tokens/s",
+        "return x &lt; 3 &amp; y",
+        "random keys",
+    ):
+        assert text in page, text
+    for svg in re.findall(r"<svg.*?</svg>", page):
+        ElementTree.fromstring(svg)
+
+
+def test_a_run_that_has_just_begun_has_a_report_too(tmp_path):
+    (tmp_path / "recipe.toml").write_text("")
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "<h2>Result</h2>" in write_report(tmp_path).read_text()
+
+
+def test_the_table_lines_up_and_leaves_out_what_was_not_measured():
+    table = text_table(summary_rows(EVALUATION), topk=64).splitlines()
+    assert len(table) == 4 and ">256 keys" in table[0] and "top-64 recall" in table[0]
+    assert len({len(line) for line in table}) == 1
+    assert "1.4000" in table[2] and "1.2500" in table[2] and table[3].count("1.6000") == 1
+
+
+def test_charts_of_odd_data():
+    assert "nothing recorded" in line_chart({"a": []}, "x", "y")
+    assert "nothing recorded" in line_chart({"a": [(1, float("nan"))], "b": [(1, 0.0)]}, "x", "y", log_y=True)
+    for points in ([(3, 2.0)], [(1, 1.0), (2, 1.0)], [(1, 1e-9), (2, 1e9)]):
+        ElementTree.fromstring(line_chart({"<&": points}, "x", "y"))
+
+
+def test_ticks_are_round_and_inside():
+    assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert ticks(1.31, 1.52) == [1.35, 1.4, 1.45, 1.5]
+    assert ticks(2, 2) == [2]
