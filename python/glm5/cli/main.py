@@ -11,7 +11,7 @@ from importlib import import_module
 
 import glm5
 
-COMMANDS = ("doctor",)
+COMMANDS = ("run", "train", "generate", "doctor")
 
 
 def _parser() -> argparse.ArgumentParser:

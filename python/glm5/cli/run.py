@@ -1,0 +1,54 @@
+"""Carry out a recipe: every stage, its evaluation, and a report. Run it again to go on after a stop."""
+
+from pathlib import Path
+
+NAME = "run"
+
+
+def add_arguments(parser) -> None:
+    """RECIPE, overrides, and where runs are kept."""
+    parser.add_argument("recipe", help="name of a recipe that comes with glm5, or a .toml file")
+    add_recipe_options(parser)
+
+
+def add_recipe_options(parser) -> None:
+    """What every command that takes a recipe takes beside it."""
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="change a key, for example stages.pretrain.steps=50"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+
+
+def run(args) -> None:
+    """Trains, evaluates, writes the report and prints the final table."""
+    carry_out(args, last=None)
+
+
+def carry_out(args, last: str | None) -> None:
+    """The recipe of `args` up to the end of stage `last`, or all of it."""
+    from glm5.recipes import RecipeError, load_recipe
+    from glm5.recipes.load import to_toml
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    if last is not None and last not in recipe.stages:
+        raise RecipeError(f"{args.recipe}: no stage called {last!r}; its stages are {', '.join(recipe.stages)}")
+    if args.dry_run:
+        print(to_toml(recipe), end="")
+        return
+
+    from glm5.report import summary_rows, text_table, write_report
+    from glm5.train.run import build_model, open_run, prepare, run_stages
+
+    prepare(recipe)
+    model = build_model(recipe)
+    work = open_run(recipe, args.runs)
+    try:
+        results = run_stages(work, model, last=last)
+        report = write_report(work.folder)
+    finally:
+        work.close()
+    print(f"\n{text_table(summary_rows(results), results['about']['topk'])}")
+    for sample in results.get("samples", []):
+        print(f"\n{sample['title']}:\n{sample['prompt']}{sample['text']}")
+    print(f"\nReport: {report}")

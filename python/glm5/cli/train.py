@@ -1,0 +1,17 @@
+"""Carry out a recipe up to the end of one stage. Stages that were finished before are not repeated."""
+
+from glm5.cli.run import add_recipe_options, carry_out
+
+NAME = "train"
+
+
+def add_arguments(parser) -> None:
+    """STAGE, and the recipe it is a stage of."""
+    parser.add_argument("stage", help="name of a stage of the recipe, for example pretrain")
+    parser.add_argument("--recipe", default="foundation", help="name or .toml file (default: %(default)s)")
+    add_recipe_options(parser)
+
+
+def run(args) -> None:
+    """As ``glm5 run``, and stops after the stage."""
+    carry_out(args, last=args.stage)

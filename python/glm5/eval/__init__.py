@@ -1,0 +1,1 @@
+"""Evaluation: held-out loss, and how good a selection of keys is. Changes no weight."""

@@ -1,0 +1,64 @@
+"""Which parameter is trained by which optimizer in which stage, and how Muon sees it as matrices."""
+
+import torch
+
+from glm5.recipes import StageRecipe
+from glm5.train.optim import AdamW, Muon, Split
+
+
+def indexer_names(model) -> set[str]:
+    """Names of the parameters that ``model.indexer_parameters()`` yields."""
+    ids = {id(p) for p in model.indexer_parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in ids}
+
+
+def muon_splits(model) -> dict[str, Split]:
+    """Muon Split: query and key-value up-projections per head, gate and up of every expert as matrices of their own."""
+    c = model.config
+    splits: dict[str, Split] = {}
+    for name, _ in model.named_parameters():
+        if name.endswith("q_b_proj.weight"):
+            splits[name] = lambda t: [t.view(c.num_attention_heads, -1, t.shape[-1])]
+        elif name.endswith("kv_b_proj.weight"):
+            splits[name] = lambda t: list(
+                t.view(c.num_attention_heads, -1, t.shape[-1]).split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
+            )
+        elif name.endswith("gate_up_proj"):
+            splits[name] = lambda t: list(t.chunk(2, dim=-2))
+        elif name.endswith("gate_up_proj.weight"):
+            splits[name] = lambda t: list(t.unsqueeze(0).chunk(2, dim=-2))
+        elif name.endswith("down_proj") and _.dim() == 3:
+            splits[name] = lambda t: [t]
+    return splits
+
+
+def is_muon(name: str, parameter: torch.Tensor) -> bool:
+    """Muon takes the matrices inside the network; embeddings, output head, router, norms and biases are AdamW's."""
+    on_the_edge = any(part in name for part in ("embed", "lm_head", "mlp.gate.", "router"))
+    return parameter.dim() >= 2 and not on_the_edge
+
+
+def make_optimizers(model, stage: StageRecipe) -> dict[str, tuple[Muon | AdamW, float]]:
+    """Optimizers of a stage with their peak learning rates; everything they do not hold is frozen.
+
+    The indexer rests during pre-training, is alone in the warm-up, and learns beside the model in the sparse stage.
+    """
+    indexer = indexer_names(model)
+    trained = {
+        "pretrain": {n for n, _ in model.named_parameters()} - indexer,
+        "dsa-warmup": indexer,
+        "dsa-sparse": {n for n, _ in model.named_parameters()},
+    }[stage.kind]
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in trained)
+        p.grad = None
+
+    held = {n: p for n, p in model.named_parameters() if n in trained}
+    body = {n: p for n, p in held.items() if n not in indexer}
+    muon = {n: p for n, p in body.items() if is_muon(n, p)}
+    optimizers: dict[str, tuple[Muon | AdamW, float]] = {
+        "muon": (Muon(muon, muon_splits(model), stage.weight_decay), stage.muon_lr),
+        "adamw": (AdamW({n: p for n, p in body.items() if n not in muon}, stage.weight_decay), stage.adamw_lr),
+        "indexer": (AdamW({n: p for n, p in held.items() if n in indexer}, stage.weight_decay), stage.indexer_lr),
+    }
+    return {name: (o, lr) for name, (o, lr) in optimizers.items() if o.parameters}

@@ -1,0 +1,212 @@
+"""A run: a recipe carried out in a folder, stage by stage, from wherever an earlier attempt was cut off.
+
+The folder holds ``recipe.toml``, ``metrics.jsonl``, ``checkpoints/``, ``evaluation.json`` and ``report.html``. Everything
+in it is either complete or ignored, so a killed run loses at most the steps since its last checkpoint and ends with the
+bits of an uninterrupted one.
+"""
+
+import difflib
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from glm5.data import PackedDataset, python_stdlib
+from glm5.recipes import Recipe, RecipeError, load_recipe
+from glm5.recipes.load import to_toml
+from glm5.train.checkpoint import CheckpointStore, Manifest, write_atomically
+from glm5.train.loop import StageState, train_stage
+from glm5.train.metrics import MetricsLog
+
+
+def build_model(recipe: Recipe):
+    """The recipe's model with its initial weights, a function of the seed.
+
+    Raises:
+        RecipeError: the recipe overrides a field that the model's configuration does not have.
+        ValueError: no such preset, or a field has an impossible value.
+    """
+    from glm5.model import Glm5Config, Glm5ForCausalLM
+
+    config = Glm5Config.preset(recipe.model.preset)
+    for key in recipe.model.overrides:
+        if not hasattr(config, key):
+            near = difflib.get_close_matches(key, vars(config), n=1, cutoff=0)[0]
+            raise RecipeError(f"unknown key model.overrides.{key}; did you mean model.overrides.{near}?")
+    config = Glm5Config.preset(recipe.model.preset, **recipe.model.overrides)
+    return Glm5ForCausalLM(config, dtype=getattr(torch, recipe.model.dtype), seed=recipe.seed)
+
+
+def model_tensors(model) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, each tensor once even where modules share it."""
+    return dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+
+
+def load_model_tensors(model, tensors: dict[str, torch.Tensor]) -> None:
+    """Copies a checkpoint's weights into `model`.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    mine = model_tensors(model)
+    for name in mine.keys() | tensors.keys():
+        if name not in mine or name not in tensors or mine[name].shape != tensors[name].shape:
+            raise ValueError(f"checkpoint and model do not fit: {name} is missing or has another shape")
+    with torch.no_grad():
+        for name, tensor in mine.items():
+            tensor.copy_(tensors[name])
+
+
+@dataclass
+class Run:
+    """An opened run folder. ``open_run`` makes one; ``close`` releases its lock."""
+
+    recipe: Recipe
+    folder: Path
+    metrics: MetricsLog
+    store: CheckpointStore
+    corpus: object
+    lock: int
+
+    def dataset(self, side: str, sequence_length: int) -> PackedDataset:
+        """Packs of the "train" or "validation" text; the same object for the same arguments."""
+        cache = self.__dict__.setdefault("_datasets", {})
+        key = (side, sequence_length)
+        if key not in cache:
+            cache[key] = PackedDataset(getattr(self.corpus, side), sequence_length, self.recipe.seed)
+        return cache[key]
+
+    def first_pack(self, name: str) -> int:
+        """Packs that earlier stages of the same sequence length have used up."""
+        used, length = 0, self.recipe.stages[name].sequence_length
+        for other, stage in self.recipe.stages.items():
+            if other == name:
+                break
+            if stage.sequence_length == length:
+                used += stage.steps * stage.packs_per_step
+        return used
+
+    def close(self) -> None:
+        self.metrics.close()
+        os.close(self.lock)
+
+
+def open_run(recipe: Recipe, runs: Path) -> Run:
+    """Opens or creates ``runs/<name>`` for `recipe`.
+
+    Raises:
+        RecipeError: the folder belongs to another recipe.
+        ValueError: another process is at work in it.
+    """
+    folder = Path(runs) / recipe.name
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise ValueError(f"{folder} is in use by another glm5 process; wait for it or choose another name=...") from None
+    try:
+        _claim(recipe, folder)
+        corpus = python_stdlib(recipe.data.validation_one_in)
+        store = CheckpointStore(folder / "checkpoints", list(recipe.stages))
+        return Run(recipe, folder, MetricsLog(folder / "metrics.jsonl"), store, corpus, lock)
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def _claim(recipe: Recipe, folder: Path) -> None:
+    """Writes recipe.toml, or checks that the one there is the same."""
+    path = folder / "recipe.toml"
+    if not path.exists():
+        write_atomically(path, to_toml(recipe))
+        return
+    there = load_recipe(path)
+    if there != recipe:
+        different = ", ".join(_differences(there.model_dump(), recipe.model_dump()))
+        raise RecipeError(
+            f"{folder} was begun with another recipe (it differs in {different}); choose another name=... or remove it"
+        )
+
+
+def _differences(old: dict, new: dict, path: str = "") -> list[str]:
+    found = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        a, b, name = old.get(key), new.get(key), f"{path}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, name + ".")
+        elif a != b:
+            found.append(name)
+    return found
+
+
+def resume(run: Run, model, say=print) -> tuple[str, StageState]:
+    """Loads the newest intact checkpoint into `model`, cuts metrics back to it, and says where to go on.
+
+    Returns:
+        The stage and its state; the first stage at step 0 when there is no checkpoint.
+
+    Raises:
+        ValueError: the checkpoint belongs to another recipe or text, or none is intact.
+    """
+    loaded = run.store.load_latest(say)
+    if loaded is None:
+        run.metrics.truncate(0)
+        return next(iter(run.recipe.stages)), StageState()
+    manifest, files = loaded
+    if manifest.recipe != run.recipe.digest():
+        raise ValueError(
+            f"the checkpoints in {run.store.folder} were made with another recipe; remove them or choose another name=..."
+        )
+    if manifest.corpus != run.corpus.digest:
+        raise ValueError(
+            f"the checkpoints in {run.store.folder} were trained on other text (another Python's standard library?); "
+            "go on with the interpreter they were made with or choose another name=..."
+        )
+    load_model_tensors(model, files.pop("model"))
+    run.metrics.truncate(manifest.metrics_bytes)
+    say(f"resuming {run.folder} at stage {manifest.stage}, step {manifest.step}")
+    return manifest.stage, StageState(manifest.step, files)
+
+
+def run_stages(run: Run, model, say=print, last: str | None = None) -> dict:
+    """Trains and evaluates from where the run stands to its end, or to the end of stage `last`. Returns the evaluations."""
+    from glm5.eval.stages import Evaluator
+
+    evaluator = Evaluator(run, model)
+    name, state = resume(run, model, say)
+    names = list(run.recipe.stages)
+    if last is not None and names.index(last) < names.index(name):
+        return evaluator.results  # finished before
+    for current in names[names.index(name) :]:
+        stage = run.recipe.stages[current]
+
+        def save(state: StageState, current=current) -> None:
+            position = Manifest(current, state.step, run.recipe.digest(), run.corpus.digest, run.metrics.sync())
+            run.store.save(position, {"model": model_tensors(model)} | state.optimizers)
+
+        if state.step < stage.steps:
+            train_stage(
+                model,
+                current,
+                stage,
+                run.dataset("train", stage.sequence_length),
+                run.first_pack(current),
+                state,
+                run.metrics,
+                save,
+                evaluator.validation_loss,
+            )
+        evaluator.after(current)
+        state = StageState()
+        if current == last:
+            break
+    return evaluator.results
+
+
+def prepare(recipe: Recipe) -> None:
+    """Settings that decide bits: the thread count of the recipe, whatever the machine has."""
+    torch.set_num_threads(recipe.threads)

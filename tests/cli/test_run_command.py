@@ -1,0 +1,45 @@
+"""``glm5 run``, ``train`` and ``generate`` as a user meets them."""
+
+import pytest
+
+from glm5.cli.main import main
+from glm5.recipes import load_recipe
+from tests.train.test_run import SMALL
+
+
+def test_dry_run_prints_the_resolved_recipe_and_makes_nothing(tmp_path, capsys):
+    assert main(["run", "foundation", "seed=9", "--dry-run", "--runs", str(tmp_path)]) == 0
+    printed = tmp_path / "printed.toml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_recipe(printed) == load_recipe("foundation", ["seed=9"])
+    assert list(tmp_path.iterdir()) == [printed]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["run", "nonsense"], "no recipe called 'nonsense'; there are foundation"),
+        (["run", "foundation", "stages.pretrain.lr=1"], "foundation.toml: unknown key stages.pretrain.lr; did you mean"),
+        (["train", "sft"], "no stage called 'sft'; its stages are pretrain, dsa-warmup, dsa-sparse"),
+        (["run", "foundation", "model.overrides.hidden_sizes=3"], "did you mean model.overrides.hidden_size?"),
+        (["generate", "--run", "nowhere"], "nowhere is not a run folder"),
+    ],
+)
+def test_mistakes_end_in_one_clear_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_trains_reports_and_generates(tmp_path, capsys):
+    assert main(["run", "foundation", *SMALL, "--runs", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "sparse, after sparse adaptation" in out and "A sample" in out and "report.html" in out
+    assert (tmp_path / "foundation" / "report.html").is_file()
+    assert main(["generate", "def f", "--run", str(tmp_path / "foundation"), "--tokens", "5", "--seed", "3"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("def f")
+    main(["generate", "def f", "--run", str(tmp_path / "foundation"), "--tokens", "5", "--seed", "3"])
+    assert capsys.readouterr().out == first
