@@ -95,7 +95,8 @@ class Indexer(nn.Module):
     def _rotate(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
         """The first rope dimensions turn with the position, the others do not."""
         rope = self.config.qk_rope_head_dim
-        return torch.cat([run.rope(x[..., :rope]), x[..., rope:]], -1)
+        turning, still = x.split([rope, x.shape[-1] - rope], -1)
+        return torch.cat([run.rope(turning), still], -1)
 
 
 class MLA(nn.Module):
@@ -119,9 +120,10 @@ class MLA(nn.Module):
         c, heads = self.config, self.config.num_attention_heads
         q_latent = self.q_a_layernorm(self.q_a_proj(x))
         q = self.q_b_proj(q_latent).view(-1, heads, c.qk_head_dim)
-        q_nope, q_rope = q[..., : c.qk_nope_head_dim], run.rope(q[..., c.qk_nope_head_dim :])
-        kv = self.kv_a_proj_with_mqa(x)
-        latent = torch.cat([self.kv_a_layernorm(kv[:, : c.kv_lora_rank]), run.rope(kv[:, c.kv_lora_rank :])], -1)
+        q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        q_rope = run.rope(q_rope)
+        compressed, k_rope = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        latent = torch.cat([self.kv_a_layernorm(compressed), run.rope(k_rope)], -1)
         if run.cache is not None:
             latent = run.cache.append_latent(self.layer, latent)
 
@@ -140,7 +142,7 @@ class MLA(nn.Module):
     def _attend_sparse(self, q_nope, q_rope, latent, run):
         c = self.config
         w = self.kv_b_proj.weight.view(c.num_attention_heads, -1, c.kv_lora_rank)
-        w_uk, w_uv = w[:, : c.qk_nope_head_dim], w[:, c.qk_nope_head_dim :]
+        w_uk, w_uv = w.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         q = torch.cat([ops.batched_linear(q_nope, w_uk.transpose(1, 2).contiguous()), q_rope], -1)
         out, lse = ops.sparse_mla(q, latent, run.indices, self.scale, c.kv_lora_rank)
         if run.indexer == "sparse":
@@ -150,10 +152,11 @@ class MLA(nn.Module):
     def _expanded(self, q_nope, q_rope, latent):
         """Per-head q [T, h, qk], k [Tk, h, qk], v [Tk, h, v] of the dense form."""
         c, heads = self.config, self.config.num_attention_heads
-        kv = self.kv_b_proj(latent[:, : c.kv_lora_rank]).view(-1, heads, c.qk_nope_head_dim + c.v_head_dim)
-        k_rope = latent[:, None, c.kv_lora_rank :].expand(-1, heads, -1)
-        k = torch.cat([kv[..., : c.qk_nope_head_dim], k_rope], -1)
-        return torch.cat([q_nope, q_rope], -1), k, kv[..., c.qk_nope_head_dim :].contiguous()
+        compressed, k_rope = latent.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        kv = self.kv_b_proj(compressed).view(-1, heads, c.qk_nope_head_dim + c.v_head_dim)
+        k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
+        k = torch.cat([k_nope, k_rope[:, None].expand(-1, heads, -1)], -1)
+        return torch.cat([q_nope, q_rope], -1), k, v.contiguous()
 
     def _index(self, x, q_latent, q_nope, q_rope, latent, run):
         """Leaves the layer's selected indices (and, for its loss, the indexer's outputs) in ``run``."""
