@@ -115,6 +115,9 @@ def test_mtp_targets_stay_inside_their_document():
     assert mtp_targets(b["targets"], b["positions"], b["ks"], 1).tolist() == [2, 3, *[-100] * 4, 22, 23, 24, -100, -100]
     assert mtp_targets(b["targets"], b["positions"], b["ks"], 3).tolist() == [*[-100] * 6, 24, *[-100] * 4]
     assert mtp_targets(b["targets"], b["positions"], b["ks"], 30).tolist() == [-100] * 11
+    # Two documents whose positions run on, as the chunks of one would.
+    ks = torch.tensor([0, 0, 2, 2], dtype=torch.int32)
+    assert mtp_targets(torch.arange(4), torch.arange(4), ks, 1).tolist() == [1, -100, 3, -100]
     masked = b["targets"].clone()
     masked[7] = -100
     assert mtp_targets(masked, b["positions"], b["ks"], 1)[6] == -100
@@ -138,6 +141,29 @@ def test_a_shared_layer_reuses_the_nearest_earlier_full_layers_indices():
     assert [s.layer for s in seen] == [0, 1, 2, 3, 4]
     assert torch.equal(seen[1].indices, seen[2].indices) and torch.equal(seen[1].indices, seen[3].indices)
     assert not torch.equal(seen[0].indices, seen[1].indices) and not torch.equal(seen[4].indices, seen[3].indices)
+
+
+@pytest.mark.parametrize("share, layers", [(False, [0, 1, 2, 3, 3, 3]), (True, [0, 1, 2, 3])])
+def test_later_mtp_steps_index_anew_unless_they_share(share, layers):
+    model = shapes.model("sparse", index_share_for_mtp_iteration=share)
+    asked = []
+
+    def record(selection):
+        asked.append(selection.layer)
+        return selection.indices
+
+    with model.selecting(record):
+        model.losses(batch(), mtp_depth=3)
+    assert asked == layers
+
+
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+def test_rows_without_keys_do_not_count_in_the_kl(stage):
+    model, b = shapes.model(), batch()
+    losses = model.losses(b, mtp_depth=0, indexer=stage)
+    padded = {k: torch.cat([v, v[:1].expand(50)]) for k, v in b.items()}
+    padded["ke"][-50:] = 0
+    torch.testing.assert_close(model.losses(padded, mtp_depth=0, indexer=stage)["indexer_kl"], losses["indexer_kl"])
 
 
 def test_load_counts_every_choice_and_the_bias_evens_it_out():
