@@ -6,6 +6,17 @@
 #include "common/checks.h"
 #include "mla_attention/mla_attention.h"
 
+// bf16 on AMX has kernels of its own; the rest goes the common way.
+#if defined(__x86_64__)
+#define GLM5_CALL_MLA_KERNEL(fn, args)                                                      \
+  do {                                                                                      \
+    if ((args).dtype == 0 && ::glm5::current_isa() == ::glm5::Isa::amx) ::glm5::cpu::amx::fn(args); \
+    else GLM5_CALL_KERNEL((args).dtype == 2, fn, args);                                     \
+  } while (0)
+#else
+#define GLM5_CALL_MLA_KERNEL(fn, args) GLM5_CALL_KERNEL((args).dtype == 2, fn, args)
+#endif
+
 namespace glm5 {
 namespace {
 
@@ -175,7 +186,7 @@ std::tuple<Tensor, Tensor> mla_attention(const Tensor& q_in, const Tensor& k_in,
   Tensor lse = empty_cpu({args.num_queries, args.heads}, lse_dtype(args));
   args.out = out.mutable_data_ptr();
   args.lse = lse.mutable_data_ptr();
-  GLM5_CALL_KERNEL(args.dtype == 2, mla_attention_forward, args);
+  GLM5_CALL_MLA_KERNEL(mla_attention_forward, args);
   return {out, lse};
 }
 
@@ -210,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> mla_attention_backward(const Tensor& dout_in,
   args.dq = dq.mutable_data_ptr();
   args.dk_out = dk.mutable_data_ptr();
   args.dv_out = dv.mutable_data_ptr();
-  GLM5_CALL_KERNEL(args.dtype == 2, mla_attention_backward, args);
+  GLM5_CALL_MLA_KERNEL(mla_attention_backward, args);
   return {dq, dk, dv};
 }
 
@@ -226,7 +237,7 @@ Tensor mla_attn_target(const Tensor& q_in, const Tensor& k_in, const Tensor& lse
   Tensor target = empty_cpu({args.num_queries, args.num_keys}, lse_dtype(args));
   args.lse = const_cast<void*>(lse.const_data_ptr());
   args.target = target.mutable_data_ptr();
-  GLM5_CALL_KERNEL(args.dtype == 2, mla_attn_target, args);
+  GLM5_CALL_MLA_KERNEL(mla_attn_target, args);
   return target;
 }
 

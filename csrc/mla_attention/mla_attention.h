@@ -56,3 +56,10 @@ struct MlaAttentionArgs {
 GLM5_DECLARE_KERNEL(void mla_attention_forward(const MlaAttentionArgs& args);
                     void mla_attention_backward(const MlaAttentionArgs& args);
                     void mla_attn_target(const MlaAttentionArgs& args))
+
+// bf16 alone.
+namespace glm5::cpu::amx {
+void mla_attention_forward(const MlaAttentionArgs& args);
+void mla_attention_backward(const MlaAttentionArgs& args);
+void mla_attn_target(const MlaAttentionArgs& args);
+}  // namespace glm5::cpu::amx

@@ -249,17 +249,23 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("dtype", ATTENTION.dtypes, ids=["bf16", "float32"])
 def test_every_tile_of_the_product_runs(isa, dtype):
-    widths = (1, 2, 4) if isa in ("avx512", "amx") else (1, 2)
     lanes = {"portable": 4, "avx2": 8, "avx512": 16, "amx": 16}[isa]
     with _native.counted_paths() as counts:
-        for queries in (6, 5, 3):
+        for queries in (6, 5, 3, 20):
             for dv in (4 * lanes, 3 * lanes, 1):
                 a = example(queries, 301, dv=dv, dtype=dtype)
                 assert not (found := complaints(ATTENTION, ops.mla_attention, a, dtype)), found
-    want = {f"mla product {rows}x{width}" for rows in (1, 2, 4, 6) for width in widths}
-    if isa in ("avx512", "amx") and dtype == torch.bfloat16:
-        want.add("mla product odd k")
-    assert want <= {name for name, count in counts.items() if count}
+        a["v"][-1] = INF
+        ops.mla_attention(**a)
+    if isa == "amx" and dtype == torch.bfloat16:
+        want = {f"mla tiles {rows}x{columns}" for rows in (1, 2) for columns in (1, 2)}
+        want.add("mla tiles with values that are not finite")
+    else:
+        widths = (1, 2, 4) if isa in ("avx512", "amx") else (1, 2)
+        want = {f"mla product {rows}x{width}" for rows in (1, 2, 4, 6) for width in widths}
+        if isa == "avx512" and dtype == torch.bfloat16:
+            want.add("mla product odd k")
+    assert {name for name, count in counts.items() if count and name.startswith("mla")} == want
 
 
 def test_opcheck_compile_export():

@@ -1,7 +1,9 @@
 // The dense form of the indexer's teacher: attention probabilities recomputed from lse, summed over heads in ascending
 // order and L1-normalised over each row's keys. A task is one tile of rows that share ks; heads are streamed through it.
+#pragma once
+
 #include "mla_attention/mla_attention.h"
-#include "mla_attention/product.h"
+#include "mla_attention/softmax.h"
 
 namespace glm5::cpu::GLM5_ISA {
 namespace {
@@ -12,7 +14,7 @@ void target_tile(const MlaAttentionArgs& a, const MlaRowTile& tile) {
   using V = Vector<T>;
   using S = Acc<T>;
   constexpr int L = V::kLanes;
-  const int64_t rows = tile.end - tile.begin, dk = round_up(a.dk, kPair<E>), stride = a.heads * a.dk;
+  const int64_t rows = tile.end - tile.begin, dk = round_up(a.dk, kStep<E>), stride = a.heads * a.dk;
   S* target = static_cast<S*>(a.target) + tile.begin * a.num_keys;
   for (int64_t i = 0; i < rows * a.num_keys; ++i) target[i] = 0;
   const auto num_keys = [&](int64_t r) {
@@ -25,11 +27,12 @@ void target_tile(const MlaAttentionArgs& a, const MlaRowTile& tile) {
   S* scores;
   for (int pass = 0; pass < 2; ++pass) {
     if (pass == 1) carver = Carver{static_cast<char*>(thread_scratch(0, carver.used))};
-    q = carver.take<E>(rows * dk);
+    q = carver.take<E>(round_up(rows, kRowStep<E>) * dk);
     k = carver.take<E>(packed_size<E>(kMlaKeyBlock, a.dk));
-    scores = carver.take<S>(rows * kMlaKeyBlock);
+    scores = carver.take<S>(round_up(rows, kRowStep<E>) * kMlaKeyBlock);
   }
-  const V scale = splat<V>(static_cast<S>(a.scale));
+  const TileSession session;
+  const V scale = splat<V>(static_cast<S>(a.scale * kLog2e));
   for (int64_t block = 0; block < tile.ke - tile.ks; block += kMlaKeyBlock) {
     const int64_t first_key = tile.ks + block, width = smaller(kMlaKeyBlock, tile.ke - first_key);
     for (int64_t head = 0; head < a.heads; ++head) {
@@ -39,10 +42,10 @@ void target_tile(const MlaAttentionArgs& a, const MlaRowTile& tile) {
       product(rows, (width + L - 1) / L, dk, q, dk, k, panel_stride<E>(a.dk), scores, kMlaKeyBlock, Into::replace);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t n = smaller(width, num_keys(r) - block);
-        const V shift = splat<V>(static_cast<const S*>(a.lse)[(tile.begin + r) * a.heads + head]);
+        const V shift = splat<V>(-static_cast<const S*>(a.lse)[(tile.begin + r) * a.heads + head] * static_cast<S>(kLog2e));
         S* sums = target + r * a.num_keys + first_key;
         for (int64_t i = 0; i < n; i += L)
-          store_n(sums + i, load_n(sums + i, n - i) + exp(lanes(scores + r * kMlaKeyBlock + i) * scale - shift), n - i);
+          store_n(sums + i, load_n(sums + i, n - i) + pow2(fma(lanes(scores + r * kMlaKeyBlock + i), scale, shift)), n - i);
       }
     }
   }
@@ -68,13 +71,5 @@ void target(const MlaAttentionArgs& a) {
 }
 
 }  // namespace
-
-void mla_attn_target(const MlaAttentionArgs& args) {
-  if (args.dtype == 0) target<bf16>(args);
-  else if (args.dtype == 1) target<float>(args);
-#if GLM5_ISA_LEVEL == 0
-  else target<double>(args);
-#endif
-}
 
 }  // namespace glm5::cpu::GLM5_ISA

@@ -1,0 +1,199 @@
+// Dense attention forward: an online softmax over key blocks counted from each row's own ks, so that a row's bits depend
+// on its query and its keys alone. A task is one head of one tile of rows that share ks.
+#pragma once
+
+#include "mla_attention/mla_attention.h"
+#include "mla_attention/softmax.h"
+
+namespace glm5::cpu::GLM5_ISA {
+namespace {
+
+// Rows whose scores and probabilities of one key block are held at a time: they stay in the nearest caches.
+template <class E> inline constexpr int64_t kGroupRows = kTiles<E> ? 32 : 24;
+
+template <class T>
+struct ForwardScratch {
+  using E = Operand<T>;
+  using S = Acc<T>;
+  int64_t dk, dv;        // rounded up to kStep; to a vector
+  E *q, *k, *v, *p;      // [rows][dk], packed K^T of a block, packed V of a block, [kGroupRows][kMlaKeyBlock]
+  S *scores, *pv, *out;  // [kGroupRows][kMlaKeyBlock], [kGroupRows][dv], [rows][dv]
+  S *largest, *total;    // [rows]: the running maximum of the scaled scores, and the sum of 2^(score - maximum)
+
+  ForwardScratch(Carver& carver, const MlaAttentionArgs& a, int64_t rows) {
+    dk = round_up(a.dk, kStep<E>), dv = round_up(a.dv, Vector<T>::kLanes);
+    const int64_t places = round_up(rows, kGroupRows<E>);
+    q = carver.take<E>(places * dk);
+    k = carver.take<E>(packed_size<E>(kMlaKeyBlock, a.dk));
+    v = carver.take<E>(packed_size<E>(a.dv, kMlaKeyBlock));
+    scores = carver.take<S>(kGroupRows<E> * kMlaKeyBlock);
+    if constexpr (sizeof(E) == sizeof(S)) p = scores;
+    else p = carver.take<E>(kGroupRows<E> * kMlaKeyBlock);
+    pv = carver.take<S>(kGroupRows<E> * dv);
+    out = carver.take<S>(places * dv);
+    largest = carver.take<S>(rows);
+    total = carver.take<S>(rows);
+  }
+};
+
+// Some rows against one key block: the keys that each sees, and what its earlier sums are to be multiplied by.
+template <class T>
+struct Group {
+  int64_t first, count;
+  int64_t num_keys[kGroupRows<Operand<T>>], most = 0;
+  Acc<T> fade[kGroupRows<Operand<T>>];
+
+  Group(const MlaAttentionArgs& a, const MlaRowTile& tile, int64_t first_row, int64_t rows, int64_t first_key,
+        int64_t width)
+      : first(first_row), count(smaller(kGroupRows<Operand<T>>, rows - first_row)) {
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t row = tile.begin + first + r;
+      num_keys[r] = a.ks[row] < a.ke[row] ? larger(0, smaller(width, a.ke[row] - first_key)) : 0;
+      most = larger(most, num_keys[r]);
+    }
+  }
+};
+
+// out = out * fade + P V, vectors. A row multiplies its own keys only, since 0 * NaN of a later key would leak in: rows
+// together as far as the shortest of them goes, then one by one.
+template <class T>
+void add_values(const ForwardScratch<T>& s, const Group<T>& g, bool first_block) {
+  using E = Operand<T>;
+  using V = Vector<T>;
+  constexpr int L = V::kLanes;
+  const int64_t stride = panel_stride<E>(kMlaKeyBlock);
+  for (int64_t r = 0; r < g.count; r += kTileRows) {
+    const int64_t together = smaller(kTileRows, g.count - r);
+    int64_t least = g.num_keys[r];
+    for (int64_t i = 1; i < together; ++i) least = smaller(least, g.num_keys[r + i]);
+    least = least / kPair<E> * kPair<E>;
+    product(together, s.dv / L, least, s.p + r * kMlaKeyBlock, kMlaKeyBlock, s.v, stride, s.pv + r * s.dv, s.dv,
+            Into::replace);
+    for (int64_t i = r; i < r + together; ++i)
+      if (g.num_keys[i] > least)
+        product(1, s.dv / L, g.num_keys[i] - least, s.p + i * kMlaKeyBlock + least, kMlaKeyBlock,
+                s.v + least * kPanel<E>, stride, s.pv + i * s.dv, s.dv, Into::resume);
+  }
+  for (int64_t r = 0; r < g.count; ++r) {
+    if (g.num_keys[r] == 0) continue;
+    auto* out = s.out + (g.first + r) * s.dv;
+    const V keep = splat<V>(g.fade[r]);
+    for (int64_t i = 0; i < s.dv; i += L) {
+      const V term = lanes(s.pv + r * s.dv + i);
+      store(out + i, first_block ? term : fma(lanes(out + i), keep, term));
+    }
+  }
+}
+
+#ifdef GLM5_MLA_TILES
+bool all_finite(const bf16* src, int64_t stride, int64_t rows, int64_t columns) {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  __mmask32 found = 0;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < columns; i += 32) {
+      const __mmask32 here = columns - i >= 32 ? ~0u : (1u << (columns - i)) - 1u;
+      const __m512i x = _mm512_maskz_loadu_epi16(here, src + r * stride + i);
+      found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
+    }
+  return found == 0;
+}
+
+// The same on tiles, which sum on from `out`. A row's keys are followed by zeros in P, which add nothing to what its own
+// keys gave (but may turn -0 into +0, as every row does at its end) while V is finite. Where it is not (`values` is the
+// block of V, `stride` apart), each row gets a copy of V that ends with its own keys.
+void add_values_on_tiles(const ForwardScratch<bf16>& s, const Group<bf16>& g, bool first_block, const bf16* values,
+                         int64_t stride, int64_t dv, bool finite) {
+  const int64_t steps = round_up(g.most, kStep<bf16>), panels = panel_stride<bf16>(kMlaKeyBlock);
+  for (int64_t r = 0; r < g.count; ++r) {
+    bf16* p = s.p + r * kMlaKeyBlock;
+    const int64_t written = round_up(g.num_keys[r], 16);
+    if (written < steps) std::memset(p + written, 0, static_cast<size_t>(steps - written) * 2);
+    if (first_block || g.num_keys[r] == 0 || g.fade[r] == 1.f) continue;
+    float* out = s.out + (g.first + r) * s.dv;
+    for (int64_t i = 0; i < s.dv; i += 16) store(out + i, load(out + i) * splat<F>(g.fade[r]));
+  }
+  const Into into = first_block ? Into::replace : Into::resume;
+  if (finite) {
+    product(g.count, s.dv / 16, steps, s.p, kMlaKeyBlock, s.v, panels, s.out + g.first * s.dv, s.dv, into);
+    return;
+  }
+  GLM5_COUNT_PATH("mla tiles with values that are not finite");
+  for (int64_t r = 0; r < g.count; ++r) {
+    if (g.num_keys[r] == 0) continue;
+    float* out = s.out + (g.first + r) * s.dv;
+    pack_rows(s.v, panels, values, stride, g.num_keys[r], dv);
+    std::memcpy(s.pv, out, static_cast<size_t>(s.dv) * 4);
+    product(1, s.dv / 16, round_up(g.num_keys[r], kStep<bf16>), s.p + r * kMlaKeyBlock, kMlaKeyBlock, s.v, panels, s.pv,
+            s.dv, into);
+    std::memcpy(out, s.pv, static_cast<size_t>(s.dv) * 4);
+  }
+}
+#endif
+
+template <class T>
+void forward_tile(const MlaAttentionArgs& a, const MlaRowTile& tile, int64_t head) {
+  using E = Operand<T>;
+  using V = Vector<T>;
+  using S = Acc<T>;
+  constexpr int L = V::kLanes;
+  const int64_t rows = tile.end - tile.begin, q_stride = a.heads * a.dk, v_stride = a.heads * a.dv;
+  Carver count{nullptr};
+  ForwardScratch<T>(count, a, rows);
+  Carver carver{static_cast<char*>(thread_scratch(0, count.used))};
+  const ForwardScratch<T> s(carver, a, rows);
+  const TileSession session;
+
+  copy_rows(s.q, s.dk, static_cast<const T*>(a.q) + tile.begin * q_stride + head * a.dk, q_stride, rows, a.dk);
+  for (int64_t r = 0; r < rows; ++r) s.largest[r] = -__builtin_inf(), s.total[r] = 0;
+
+  const S scale = static_cast<S>(a.scale * kLog2e);
+  for (int64_t block = 0; block < tile.ke - tile.ks; block += kMlaKeyBlock) {
+    const int64_t first_key = tile.ks + block, width = smaller(kMlaKeyBlock, tile.ke - first_key);
+    const T* keys = static_cast<const T*>(a.k) + first_key * q_stride + head * a.dk;
+    const T* values = static_cast<const T*>(a.v) + first_key * v_stride + head * a.dv;
+    pack_transposed(s.k, panel_stride<E>(a.dk), keys, q_stride, width, a.dk);
+    pack_rows(s.v, panel_stride<E>(kMlaKeyBlock), values, v_stride, width, a.dv);
+#ifdef GLM5_MLA_TILES
+    const bool finite = all_finite(values, v_stride, width, a.dv);
+#endif
+    for (int64_t first = 0; first < rows; first += kGroupRows<E>) {
+      Group<T> g(a, tile, first, rows, first_key, width);
+      if (g.most == 0) continue;
+      product(g.count, (g.most + L - 1) / L, s.dk, s.q + first * s.dk, s.dk, s.k, panel_stride<E>(a.dk), s.scores,
+              kMlaKeyBlock, Into::replace);
+      for (int64_t r = 0; r < g.count; ++r)
+        if (g.num_keys[r] > 0)
+          g.fade[r] = softmax_row<T>(s.scores + r * kMlaKeyBlock, s.p + r * kMlaKeyBlock, g.num_keys[r], scale,
+                                     s.largest[first + r], s.total[first + r]);
+#ifdef GLM5_MLA_TILES
+      add_values_on_tiles(s, g, block == 0, values, v_stride, a.dv, finite);
+#else
+      add_values(s, g, block == 0);
+#endif
+    }
+  }
+
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t row = tile.begin + r;
+    T* out = static_cast<T*>(a.out) + row * v_stride + head * a.dv;
+    S* lse = static_cast<S*>(a.lse) + row * a.heads + head;
+    if (s.total[r] == 0) {  // no key, or every score -inf
+      for (int64_t i = 0; i < a.dv; ++i) out[i] = T{};
+      *lse = __builtin_inf();
+      continue;
+    }
+    const V total = splat<V>(s.total[r]), plus_zero = splat<V>(0);
+    for (int64_t i = 0; i < a.dv; i += L)
+      store_n(out + i, (lanes(s.out + r * s.dv + i) + plus_zero) / total, a.dv - i);
+    *lse = static_cast<S>(s.largest[r] * static_cast<S>(kLn2) + natural_log(s.total[r]));
+  }
+}
+
+template <class T>
+void forward(const MlaAttentionArgs& a) {
+  parallel_tasks(a.num_tiles * a.heads,
+                 [&](int64_t task) { forward_tile<T>(a, a.tiles[a.order[task / a.heads]], task % a.heads); });
+}
+
+}  // namespace
+}  // namespace glm5::cpu::GLM5_ISA
