@@ -146,6 +146,32 @@ def test_every_microkernel_runs(isa):
     assert wanted <= seen.keys(), wanted - seen.keys()
 
 
+@pytest.mark.skipif("amx" not in _native.available_isas(), reason="this processor has no AMX")
+def test_every_tile_path_runs():
+    """Every AMX register tile, either operand packed, tiles read in place and through scratch, sums resumed from memory."""
+    seen = {}
+    shapes = [
+        (5, 40, 1100), (20, 40, 64), (33, 48, 70), (40, 5, 1100), (40, 20, 64), (100, 100, 2000), (600, 530, 1400),
+        (16, 16, 0),
+    ]  # fmt: skip
+    with _native.using_cpu_isa("amx"):
+        for m, n, k in shapes:
+            x, w = gaussian(m, m, k, dtype=torch.bfloat16), gaussian(n, n, k, dtype=torch.bfloat16)
+            with _native.counted_paths() as counts:
+                whole = ops.linear(x, w, out_dtype=torch.float32)
+            seen.update(counts)
+            assert relative_error(whole, reference.linear(x.double(), w.double())) < 1e-6
+            for row in {0, 4, m // 2, m - 1}:
+                alone = ops.linear(x[row : row + 1], w, out_dtype=torch.float32)
+                assert same_bits(whole[row : row + 1], alone), (m, n, k, row)
+            for col in {0, n // 2, n - 1}:
+                alone = ops.linear(x, w[col : col + 1], out_dtype=torch.float32)
+                assert same_bits(whole[:, col : col + 1], alone), (m, n, k, col)
+    wanted = {f"gemm amx {a}x{b}" for a in (1, 2) for b in (1, 2)}
+    wanted |= {"gemm amx streams in place", "gemm amx streams through scratch", "gemm amx resumes"}
+    assert wanted <= seen.keys(), wanted - seen.keys()
+
+
 def test_only_the_gradients_asked_for_are_computed():
     x, w = torch.randn(5, 8), torch.randn(6, 8, requires_grad=True)
     calls = []

@@ -2,8 +2,9 @@
 // into rows; a microkernel keeps up to kMaxRows x kMaxPanels accumulators in registers, lanes along the columns.
 #include "common/gemm/gemm.h"
 
+#include "common/gemm/amx.h"
+#include "common/gemm/pack.h"
 #include "common/parallel.h"
-#include "common/simd.h"
 
 namespace glm5::cpu::GLM5_ISA {
 namespace {
@@ -16,118 +17,11 @@ constexpr int kMaxRows = 6, kMaxPanels = 2;   // 12 + 2 + 1 of 16
 constexpr int kMaxRows = 4, kMaxPanels = 2;
 #endif
 constexpr int kScratchTasks = 4, kScratchA = 5, kScratchB = 6, kScratchC = 7;
-constexpr int64_t kPackedBytes = 256 << 10;   // of A and of B each: both stay in a 1 MB L2 beside the C tile
-
-// ---- How elements of type T become steps of the inner loop --------------------------------------------------------
-// A step is one Scalar-sized slot of a packed row: one element, or (AVX-512 bf16) a pair of neighbours along k.
-
-template <class T>
-struct Plain {
-  using V = Vector<T>;
-  using S = Acc<T>;
-  static constexpr int kPerStep = 1;
-  // Up to kLanes steps along contiguous k.
-  static GLM5_INLINE V along(const T* p, int64_t k_left) { return load_n(p, k_left); }
-  // One step of up to kLanes neighbours along m or n.
-  static GLM5_INLINE V across(const T* p, int64_t, int64_t, int64_t lanes) { return load_n(p, lanes); }
-  static GLM5_INLINE S one(const T* p, int64_t, int64_t) { return static_cast<S>(to_float(*p)); }
-  static GLM5_INLINE V step(V a, V b, V c) { return fma(a, b, c); }
-};
-
-#if GLM5_ISA_LEVEL == 2
-struct Pairs {
-  using V = F;
-  using S = float;
-  static constexpr int kPerStep = 2;
-  static GLM5_INLINE F along(const bf16* p, int64_t k_left) {
-    const __mmask32 mask = k_left >= 32 ? 0xffffffffu : (1u << k_left) - 1u;
-    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p))};
-  }
-  static GLM5_INLINE F across(const bf16* p, int64_t k_stride, int64_t k_left, int64_t lanes) {
-    const __mmask16 mask = first_n(lanes);
-    const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
-    if (k_left < 2) return {_mm512_castsi512_ps(even)};
-    const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p + k_stride));
-    return {_mm512_castsi512_ps(_mm512_or_si512(even, _mm512_slli_epi32(odd, 16)))};
-  }
-  static GLM5_INLINE float one(const bf16* p, int64_t k_stride, int64_t k_left) {
-    const uint32_t bits = p[0].bits | (k_left < 2 ? 0u : static_cast<uint32_t>(p[k_stride].bits) << 16);
-    float pair;
-    std::memcpy(&pair, &bits, 4);
-    return pair;
-  }
-  static GLM5_INLINE F step(F a, F b, F c) {
-    return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(b.v), reinterpret_cast<__m512bh>(a.v))};
-  }
-};
-#endif
-
-template <class T> struct KindFor { using Type = Plain<T>; };
-#if GLM5_ISA_LEVEL == 2
-template <> struct KindFor<bf16> { using Type = Pairs; };
-#endif
+// The largest tile. A packed stripe of B (half a megabyte of float32) and the sums of the tile stay in the L2 cache; B is
+// packed once for so many rows that it costs little. A is packed kMaxRows rows at a time and stays in L1.
+constexpr int64_t kTileRows = 576, kTileCols = 256;
 
 // ---- Packing ------------------------------------------------------------------------------------------------------
-
-// r[i][j] <-> r[j][i].
-#if GLM5_ISA_LEVEL == 2
-GLM5_INLINE void transpose(F (&r)[16]) {
-  __m512 t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
-    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
-  }
-  __m512 u[16];  // u[4 q + j]: 128-bit lane l holds column 4 l + j of rows 4 q .. 4 q + 3
-#pragma GCC unroll 4
-  for (int q = 0; q < 4; ++q) {
-    const __m512d t0 = _mm512_castps_pd(t[4 * q]), t1 = _mm512_castps_pd(t[4 * q + 1]);
-    const __m512d t2 = _mm512_castps_pd(t[4 * q + 2]), t3 = _mm512_castps_pd(t[4 * q + 3]);
-    u[4 * q] = _mm512_castpd_ps(_mm512_unpacklo_pd(t0, t2));
-    u[4 * q + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(t0, t2));
-    u[4 * q + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(t1, t3));
-    u[4 * q + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(t1, t3));
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512 a = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88), b = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd);
-    const __m512 c = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88), d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
-    r[j].v = _mm512_shuffle_f32x4(a, c, 0x88);
-    r[8 + j].v = _mm512_shuffle_f32x4(a, c, 0xdd);
-    r[4 + j].v = _mm512_shuffle_f32x4(b, d, 0x88);
-    r[12 + j].v = _mm512_shuffle_f32x4(b, d, 0xdd);
-  }
-}
-#elif GLM5_ISA_LEVEL == 1
-GLM5_INLINE void transpose(F (&r)[8]) {
-  __m256 u[8];
-#pragma GCC unroll 2
-  for (int q = 0; q < 2; ++q) {
-    const __m256 t0 = _mm256_unpacklo_ps(r[4 * q].v, r[4 * q + 1].v), t1 = _mm256_unpackhi_ps(r[4 * q].v, r[4 * q + 1].v);
-    const __m256 t2 = _mm256_unpacklo_ps(r[4 * q + 2].v, r[4 * q + 3].v);
-    const __m256 t3 = _mm256_unpackhi_ps(r[4 * q + 2].v, r[4 * q + 3].v);
-    u[4 * q] = _mm256_shuffle_ps(t0, t2, 0x44);
-    u[4 * q + 1] = _mm256_shuffle_ps(t0, t2, 0xee);
-    u[4 * q + 2] = _mm256_shuffle_ps(t1, t3, 0x44);
-    u[4 * q + 3] = _mm256_shuffle_ps(t1, t3, 0xee);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    r[j].v = _mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
-    r[4 + j].v = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
-  }
-}
-#else
-template <class V, int L>
-GLM5_INLINE void transpose(V (&r)[L]) {
-  for (int i = 0; i < L; ++i)
-    for (int j = 0; j < i; ++j) {
-      const auto t = r[i].v[j];
-      r[i].v[j] = r[j].v[i];
-      r[j].v[i] = t;
-    }
-}
-#endif
 
 // kLanes steps of one line (a row of A or a column of B), elements k_stride apart; elements past k_count give zero.
 template <class T, class K>
@@ -166,7 +60,8 @@ void pack_panels(const T* b, int64_t k_stride, int64_t n_stride, int64_t k_count
     typename K::S* panel = dst + n / L * panel_size;
     if (n_stride == 1) {
       for (int64_t s = 0; s < steps; ++s)
-        store(panel + s * L, K::across(b + n + s * K::kPerStep * k_stride, k_stride, k_count - s * K::kPerStep, n_count - n));
+        store(panel + s * L,
+              K::across(b + n + s * K::kPerStep * k_stride, k_stride, k_count - s * K::kPerStep, n_count - n));
       continue;
     }
     for (int64_t s = 0; s < steps; s += L) {
@@ -224,7 +119,7 @@ GLM5_INLINE S load_step(const char* p) {
 
 // out[row][panel][lane] = sum over steps, from zero. a: rows a_row bytes apart; b: panels panel_size slots apart.
 template <class K, int kRows, int kPanels>
-void multiply(int64_t steps, const char* a, int64_t a_row, const typename K::S* b, int64_t panel_size,
+__attribute__((noinline)) void multiply(int64_t steps, const char* a, int64_t a_row, const typename K::S* b, int64_t panel_size,
               typename K::S* out) {
   using V = typename K::V;
   using S = typename K::S;
@@ -237,7 +132,12 @@ void multiply(int64_t steps, const char* a, int64_t a_row, const typename K::S* 
   for (int64_t s = 0; s < steps; ++s) {
     V bv[kPanels];
 #pragma GCC unroll 4
-    for (int j = 0; j < kPanels; ++j) bv[j] = load(b + j * panel_size + s * L);
+    for (int j = 0; j < kPanels; ++j) {
+      bv[j] = load(b + j * panel_size + s * L);
+#if GLM5_ISA_LEVEL == 2
+      __builtin_prefetch(b + j * panel_size + (s + 16) * L);  // panels come from L2
+#endif
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const V av = splat<V>(load_step<S>(a + i * a_row + s * static_cast<int64_t>(sizeof(S))));
@@ -312,7 +212,7 @@ void run_tile(const GemmArgs& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
   // One vector more than a block, so that rows and panels do not all fall into the same cache sets.
   const int64_t row_size = (max_steps + L - 1) / L * L + 64 / sizeof(S), panel_size = max_steps * L + 64 / sizeof(S);
   S* packed_b = static_cast<S*>(thread_scratch(kScratchB, num_panels * panel_size * sizeof(S)));
-  S* packed_a = static_cast<S*>(thread_scratch(kScratchA, rows * row_size * sizeof(S)));
+  S* packed_a = static_cast<S*>(thread_scratch(kScratchA, kMaxRows * row_size * sizeof(S)));
   // Sums of the blocks so far: in c itself where it has their type.
   S* partial = nullptr;
   int64_t partial_row = g.c_row;
@@ -329,25 +229,23 @@ void run_tile(const GemmArgs& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
     const int64_t steps = (k_count + K::kPerStep - 1) / K::kPerStep;
     const bool joins = k0 > 0 || g.accumulate, last = k0 + kGemmBlockK >= g.k;
     pack_panels<T, K>(b + k0 * g.b_row, g.b_row, g.b_col, k_count, cols, panel_size, packed_b);
-    const char* rows_a = reinterpret_cast<const char*>(a + k0 * g.a_col);
-    int64_t rows_a_stride = g.a_row * static_cast<int64_t>(sizeof(T));
-    // Few rows are read where they are, if their elements already look like steps.
-    if (!(rows <= kMaxRows && g.a_col == 1 && sizeof(T) * K::kPerStep == sizeof(S) && k_count % K::kPerStep == 0)) {
-      pack_rows<T, K>(a + k0 * g.a_col, g.a_row, g.a_col, k_count, rows, row_size, packed_a);
-      rows_a = reinterpret_cast<const char*>(packed_a);
-      rows_a_stride = row_size * static_cast<int64_t>(sizeof(S));
-      GLM5_COUNT_PATH("gemm packed A");
-    } else {
-      GLM5_COUNT_PATH("gemm direct A");
-    }
+    // A single group of rows is read where it is, if its elements already look like steps.
+    const bool direct = rows <= kMaxRows && g.a_col == 1 && sizeof(T) * K::kPerStep == sizeof(S) &&
+                        k_count % K::kPerStep == 0;
+    GLM5_COUNT_PATH(direct ? "gemm direct A" : "gemm packed A");
 
     const int64_t row_groups = (rows + kMaxRows - 1) / kMaxRows;
     for (int64_t group = 0; group < row_groups; ++group) {
       const int64_t r0 = group * rows / row_groups, r1 = (group + 1) * rows / row_groups;
+      const T* own_a = a + r0 * g.a_row + k0 * g.a_col;
+      if (!direct) pack_rows<T, K>(own_a, g.a_row, g.a_col, k_count, r1 - r0, row_size, packed_a);
+      const char* rows_a = direct ? reinterpret_cast<const char*>(own_a) : reinterpret_cast<const char*>(packed_a);
+      const int64_t rows_a_stride = direct ? g.a_row * static_cast<int64_t>(sizeof(T))
+                                           : row_size * static_cast<int64_t>(sizeof(S));
       for (int64_t p = 0; p < num_panels; p += kMaxPanels) {
         const int panels = num_panels - p < kMaxPanels ? static_cast<int>(num_panels - p) : kMaxPanels;
         GLM5_COUNT_PATH(kPathNames[panels - 1][r1 - r0 - 1]);
-        run_multiply<K, kMaxRows>(static_cast<int>(r1 - r0), panels, steps, rows_a + r0 * rows_a_stride, rows_a_stride,
+        run_multiply<K, kMaxRows>(static_cast<int>(r1 - r0), panels, steps, rows_a, rows_a_stride,
                                   packed_b + p * panel_size, panel_size, sums);
         const int64_t n = p * L, tile_cols = cols - n < panels * L ? cols - n : panels * L;
         for (int64_t r = r0; r < r1; ++r)
@@ -371,17 +269,21 @@ template <class T>
 Tiling tiling(const GemmArgs& g, int64_t wanted) {
   using K = typename KindFor<T>::Type;
   constexpr int64_t L = K::V::kLanes, kPair = L * kMaxPanels;
-  const int64_t line = (kGemmBlockK / K::kPerStep) * static_cast<int64_t>(sizeof(typename K::S));
-  const int64_t max_rows = kPackedBytes / line / kMaxRows * kMaxRows, max_cols = kPackedBytes / line / kPair * kPair;
-  Tiling t;
-  t.rows = max_rows;
-  t.cols = max_cols;
-  const auto tiles = [&] { return ((g.m + t.rows - 1) / t.rows) * ((g.n + t.cols - 1) / t.cols); };
-  // Smaller tiles where there would be too few to share out: columns first while there are few rows to re-pack B for.
-  while (tiles() < wanted && (t.cols > kPair || t.rows > kMaxRows)) {
-    if (t.cols > kPair && (t.cols >= t.rows || t.rows <= kMaxRows || g.m <= t.rows / 2)) t.cols = (t.cols / kPair + 1) / 2 * kPair;
-    else t.rows = (t.rows / kMaxRows + 1) / 2 * kMaxRows;
+  // Near-equal tiles, in whole register tiles; smaller ones where there would be too few to share out: columns first, since
+  // B is packed again for every tile of rows.
+  int64_t row_tiles = (g.m + kTileRows - 1) / kTileRows, col_tiles = (g.n + kTileCols - 1) / kTileCols;
+  const auto size = [](int64_t total, int64_t tiles, int64_t unit) {
+    return tiles > 0 ? ((total + tiles - 1) / tiles + unit - 1) / unit * unit : unit;
+  };
+  while (row_tiles * col_tiles > 0 && row_tiles * col_tiles < wanted) {
+    const int64_t rows = size(g.m, row_tiles, kMaxRows), cols = size(g.n, col_tiles, kPair);
+    if (cols > kPair && (cols > rows / 2 || rows <= kMaxRows)) col_tiles *= 2;
+    else if (rows > kMaxRows) row_tiles *= 2;
+    else break;
   }
+  Tiling t;
+  t.rows = size(g.m, row_tiles, kMaxRows);
+  t.cols = size(g.n, col_tiles, kPair);
   t.row_tiles = (g.m + t.rows - 1) / t.rows;
   t.col_tiles = (g.n + t.cols - 1) / t.cols;
   return t;
@@ -426,6 +328,9 @@ void run_serial(const GemmArgs& g) {
 
 void gemm(const GemmArgs* products, int64_t count) {
   if (count <= 0) return;
+#if GLM5_ISA_LEVEL == 2
+  if (products->dtype == 0 && current_isa() == Isa::amx) return amx::gemm_bf16(products, count);
+#endif
   if (products->dtype == 0) run_products<bf16>(products, count);
   else if (products->dtype == 1) run_products<float>(products, count);
 #if GLM5_ISA_LEVEL == 0
@@ -434,6 +339,9 @@ void gemm(const GemmArgs* products, int64_t count) {
 }
 
 void gemm_serial(const GemmArgs& product) {
+#if GLM5_ISA_LEVEL == 2
+  if (product.dtype == 0 && current_isa() == Isa::amx) return amx::gemm_bf16_serial(product);
+#endif
   if (product.dtype == 0) run_serial<bf16>(product);
   else if (product.dtype == 1) run_serial<float>(product);
 #if GLM5_ISA_LEVEL == 0

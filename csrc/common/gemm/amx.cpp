@@ -1,0 +1,332 @@
+// The bf16 matrix product on AMX tiles (contract: gemm.h). TDPBF16PS adds 32 products to each of 16 x 16 sums in an order
+// that no other row or column can change; an element's sum is a chain of such steps from k = 0, in whole 32s, the last one
+// filled up with zeros. Where the chain pauses (cache blocks) it goes on from the stored float32, which changes no bit.
+//
+// Of the two operands the one with fewer lines (rows of A or columns of B) is packed once, in pairs along k, into memory
+// that all threads read; the other streams through tiles as it lies in memory, or by way of L1 where it is read often.
+// Products commute, so which is which changes no bit either; where the columns of B stream, the result comes out transposed.
+#include "common/gemm/amx.h"
+
+#include "common/gemm/pack.h"
+#include "common/parallel.h"
+
+namespace glm5::cpu::amx {
+namespace {
+
+constexpr int kScratchTasks = 4, kScratchStream = 5, kScratchPacked = 6, kScratchSums = 7;
+constexpr int64_t kTile = 16, kStep = 32;          // lines and k of one tile
+constexpr int64_t kTileElements = kTile * kStep;   // 1 KiB of bf16
+constexpr int64_t kChunkLines = 512;               // of the packed operand: with kBlockK, half of a 1 MB L2
+constexpr int64_t kBlockK = 512;                   // two tiles of lines of it are 32 KiB
+constexpr int64_t kWaveBytes = 32 << 20;           // packed at a time
+
+constexpr const char* kPathNames[2][2] = {{"gemm amx 1x1", "gemm amx 1x2"}, {"gemm amx 2x1", "gemm amx 2x2"}};
+
+struct Config {
+  alignas(64) uint8_t bytes[64];
+};
+
+// Eight full tiles. Tails are filled with zeros instead, so that one configuration serves all.
+void configure() {
+  Config config{};
+  config.bytes[0] = 1;
+  for (int i = 0; i < 8; ++i) {
+    config.bytes[16 + 2 * i] = 64;
+    config.bytes[48 + i] = 16;
+  }
+  // GCC 12's intrinsic names 8 bytes of the configuration as its input; without this the other stores are dropped.
+  __asm__ volatile("" ::"r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
+
+// One operand: `count` lines of k elements each.
+struct Side {
+  const bf16* data;
+  int64_t count, line_stride, k_stride;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// 16 lines x 32 of k, as 16 vectors: along k (vector i = line i), or across (vector i = pair i of every line).
+GLM5_INLINE void read_along(const Side& side, int64_t line, int64_t k, int64_t k_end, F (&r)[16]) {
+  const bf16* p = side.data + line * side.line_stride + k;
+  const int64_t lines = side.count - line;
+  for (int i = 0; i < 16; ++i) r[i] = i < lines ? Pairs::along(p + i * side.line_stride, k_end - k) : splat<F>(0.f);
+}
+
+GLM5_INLINE void read_across(const Side& side, int64_t line, int64_t k, int64_t k_end, F (&r)[16]) {
+  const bf16* p = side.data + line + k * side.k_stride;
+  for (int i = 0; i < 16; ++i)
+    r[i] = k + 2 * i < k_end
+               ? Pairs::across(p + 2 * i * side.k_stride, side.k_stride, k_end - k - 2 * i, side.count - line)
+               : splat<F>(0.f);
+}
+
+// Tiles of 16 lines over [k, k_end), one after another: for the packed operand in pairs (row i = pair i of every line), for
+// the streamed one as lines.
+template <bool kInPairs>
+void pack_tiles(const Side& side, int64_t line, int64_t k, int64_t k_end, bf16* out) {
+  for (; k < k_end; k += kStep, out += kTileElements) {
+    F r[16];
+    if (side.k_stride == 1) read_along(side, line, k, k_end, r);
+    else read_across(side, line, k, k_end, r);
+    if ((side.k_stride == 1) == kInPairs) transpose(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_store_ps(reinterpret_cast<float*>(out + i * kStep), r[i].v);
+  }
+}
+
+// Where the tiles of one group of 16 streamed lines are.
+struct Stream {
+  const char* first;
+  int64_t row_bytes, step_bytes;
+};
+
+// sums[i][j] (+)= stream tile i x packed tile j, over `steps` steps. kLines, kPacked: 1 or 2 tiles of each.
+template <int kLines, int kPacked>
+__attribute__((noinline)) void multiply(const Stream& s0, const Stream& s1, const bf16* b0, const bf16* b1, int64_t steps,
+                                        bool resume, float* c00, float* c01, float* c10, float* c11, int64_t ahead) {
+  if (resume) {
+    _tile_loadd(0, c00, 64);
+    if constexpr (kPacked == 2) _tile_loadd(1, c01, 64);
+    if constexpr (kLines == 2) _tile_loadd(2, c10, 64);
+    if constexpr (kLines == 2 && kPacked == 2) _tile_loadd(3, c11, 64);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const char *a0 = s0.first, *a1 = s1.first;
+  for (int64_t s = 0; s < steps; ++s) {
+    if (ahead) {  // lines that come from memory: sixteen streams are more than the hardware follows
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) __builtin_prefetch(a0 + ahead + i * s0.row_bytes);
+      if constexpr (kLines == 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) __builtin_prefetch(a1 + ahead + i * s1.row_bytes);
+    }
+    _tile_loadd(6, b0, 64);
+    _tile_loadd(4, a0, s0.row_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kPacked == 2) {
+      _tile_loadd(7, b1, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      b1 += kTileElements;
+    }
+    if constexpr (kLines == 2) {
+      _tile_loadd(5, a1, s1.row_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (kPacked == 2) _tile_dpbf16ps(3, 5, 7);
+      a1 += s1.step_bytes;
+    }
+    a0 += s0.step_bytes;
+    b0 += kTileElements;
+  }
+  _tile_stored(0, c00, 64);
+  if constexpr (kPacked == 2) _tile_stored(1, c01, 64);
+  if constexpr (kLines == 2) _tile_stored(2, c10, 64);
+  if constexpr (kLines == 2 && kPacked == 2) _tile_stored(3, c11, 64);
+}
+
+// One product, lines [packed_first, packed_last) of its packed operand against all lines of the other.
+struct Unit {
+  const GemmArgs* g;
+  bool rows_are_packed;  // the packed operand is A
+  int64_t packed_first, packed_last;
+  int64_t offset;        // of its tiles, in elements from the start of the wave's memory
+  int64_t stripe;        // streamed lines a task
+  int64_t first_pack_task, first_task;
+};
+
+Side rows_of(const GemmArgs& g) { return {static_cast<const bf16*>(g.a), g.m, g.a_row, g.a_col}; }
+Side cols_of(const GemmArgs& g) { return {static_cast<const bf16*>(g.b), g.n, g.b_col, g.b_row}; }
+Side packed_of(const Unit& u) { return u.rows_are_packed ? rows_of(*u.g) : cols_of(*u.g); }
+Side streamed_of(const Unit& u) { return u.rows_are_packed ? cols_of(*u.g) : rows_of(*u.g); }
+int64_t steps_of(const GemmArgs& g) { return ceil_div(g.k, kStep); }
+int64_t packed_tiles(const Unit& u) { return ceil_div(u.packed_last - u.packed_first, kTile); }
+
+void pack_unit_tile(const Unit& u, int64_t tile, bf16* wave) {
+  Side side = packed_of(u);
+  side.count = u.packed_last;
+  pack_tiles<true>(side, u.packed_first + tile * kTile, 0, u.g->k, wave + u.offset + tile * steps_of(*u.g) * kTileElements);
+}
+
+// A finished 16 x 16 tile of sums, streamed lines down, packed lines across, goes to c.
+void finish_tile(const Unit& u, int64_t streamed, int64_t packed, const float* sums) {
+  const GemmArgs& g = *u.g;
+  F r[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = load(sums + i * 16);
+  int64_t m = streamed, n = packed, m_end = g.m, n_end = u.packed_last;
+  if (u.rows_are_packed) {
+    transpose(r);
+    m = packed, n = streamed, m_end = u.packed_last, n_end = g.n;
+  }
+  const int64_t rows = at_most(16, m_end - m), cols = n_end - n;
+  const F bias = g.bias ? load_n(static_cast<const bf16*>(g.bias) + n, cols) : splat<F>(0.f);
+  const bool wide = g.out_dtype != g.dtype;
+  float* wide_out = static_cast<float*>(g.c) + m * g.c_row + n;
+  bf16* out = static_cast<bf16*>(g.c) + m * g.c_row + n;
+  for (int64_t i = 0; i < rows; ++i) {
+    F v = r[i];
+    if (g.accumulate) v = load_n(wide_out + i * g.c_row, cols) + v;
+    if (g.bias) v = v + bias;
+    if (wide) store_n(wide_out + i * g.c_row, v, cols);
+    else store_n(out + i * g.c_row, v, cols);
+  }
+}
+
+// Streamed lines [first, last) of a unit against its packed lines.
+void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
+  const GemmArgs& g = *u.g;
+  Side side = streamed_of(u);
+  side.count = last;
+  const int64_t all_steps = steps_of(g), tiles = packed_tiles(u), groups = ceil_div(last - first, kTile);
+  const bf16* packed = wave + u.offset;
+  // Few packed lines: the sums stay in the tile registers over all of k. Else k is cut so that both operands stay near.
+  const int64_t blocks = tiles <= 2 ? 1 : ceil_div(all_steps * kStep, kBlockK + kBlockK / 4);
+  const int64_t block_steps = blocks > 0 ? ceil_div(all_steps, blocks) : 0;
+  const bool pack = tiles > 4 || side.k_stride != 1;
+  const int64_t groups_kept = blocks > 1 ? groups + groups % 2 : 2, tiles_kept = blocks > 1 ? tiles + tiles % 2 : 2;
+  float* sums = static_cast<float*>(thread_scratch(kScratchSums, groups_kept * tiles_kept * 256 * sizeof(float)));
+  bf16* stream = static_cast<bf16*>(thread_scratch(kScratchStream, 2 * (block_steps + 1) * kTileElements * sizeof(bf16)));
+
+  for (int64_t block = 0; block == 0 || block < blocks; ++block) {
+    const int64_t s0 = block * block_steps, s1 = at_most(all_steps, s0 + block_steps), k0 = s0 * kStep;
+    const int64_t k1 = at_most(g.k, s1 * kStep);
+    const bool resume = block > 0, finish = block + 1 >= blocks;
+    if (resume) GLM5_COUNT_PATH("gemm amx resumes");
+    for (int64_t group = 0; group < groups; group += 2) {
+      const int64_t line = first + group * kTile, pair = groups - group > 1 ? 2 : 1;
+      // As they lie in memory where that is possible: whole tiles, k contiguous, and then the last step of an odd k apart.
+      const bool direct = !pack && line + pair * kTile <= last;
+      const int64_t direct_steps = direct ? (k1 - k0) / kStep : 0;
+      Stream in_place[2], in_scratch[2];
+      for (int i = 0; i < 2; ++i) {
+        bf16* own = stream + i * (block_steps + 1) * kTileElements;
+        if (i < pair && k0 + direct_steps * kStep < k1)
+          pack_tiles<false>(side, line + i * kTile, k0 + direct_steps * kStep, k1, own);
+        in_scratch[i] = {reinterpret_cast<const char*>(own), 64, kTileElements * 2};
+        in_place[i] = {reinterpret_cast<const char*>(side.data + (line + i * kTile) * side.line_stride + k0),
+                       side.line_stride * 2, kStep * 2};
+      }
+      GLM5_COUNT_PATH(direct ? "gemm amx streams in place" : "gemm amx streams through scratch");
+      for (int64_t tile = 0; tile < tiles; tile += 2) {
+        const int64_t two = tiles - tile > 1 ? 2 : 1;
+        const bf16* b0 = packed + (tile * all_steps + s0) * kTileElements;
+        const bf16* b1 = b0 + (two == 2 ? all_steps * kTileElements : 0);
+        float* c = sums + (blocks > 1 ? (group * tiles_kept + tile * 2) * 256 : 0);
+        float *c00 = c, *c01 = c + 256, *c10 = c + 512, *c11 = c + 768;
+        const auto run = [&](const Stream* from, const bf16* p0, const bf16* p1, int64_t steps, bool go_on, int64_t ahead) {
+          GLM5_COUNT_PATH(kPathNames[pair - 1][two - 1]);
+          if (pair == 2 && two == 2) multiply<2, 2>(from[0], from[1], p0, p1, steps, go_on, c00, c01, c10, c11, ahead);
+          else if (pair == 2) multiply<2, 1>(from[0], from[1], p0, p1, steps, go_on, c00, c01, c10, c11, ahead);
+          else if (two == 2) multiply<1, 2>(from[0], from[0], p0, p1, steps, go_on, c00, c01, c10, c11, ahead);
+          else multiply<1, 1>(from[0], from[0], p0, p1, steps, go_on, c00, c01, c10, c11, ahead);
+        };
+        if (direct_steps > 0) run(in_place, b0, b1, direct_steps, resume, tile == 0 ? 6 * 64 : 0);
+        const int64_t rest = s1 - s0 - direct_steps;
+        if (rest > 0 || direct_steps == 0)
+          run(in_scratch, b0 + direct_steps * kTileElements, b1 + direct_steps * kTileElements, rest,
+              resume || direct_steps > 0, 0);
+        if (!finish) continue;
+        for (int64_t i = 0; i < pair; ++i)
+          for (int64_t j = 0; j < two; ++j)
+            finish_tile(u, line + i * kTile, u.packed_first + (tile + j) * kTile, c + (2 * i + j) * 256);
+      }
+    }
+  }
+}
+
+int64_t units_of(const GemmArgs& g) { return ceil_div(at_most(g.m, g.n), kChunkLines); }
+
+// Writes the units of one product, chunks of its shorter operand.
+int64_t add_units(const GemmArgs& g, Unit* units) {
+  if (g.m == 0 || g.n == 0) return 0;
+  const bool rows = g.m <= g.n;
+  const int64_t lines = rows ? g.m : g.n, count = units_of(g);
+  // Near-equal chunks of whole tile pairs.
+  const int64_t chunk = ceil_div(ceil_div(lines, count), 2 * kTile) * 2 * kTile;
+  int64_t made = 0;
+  for (int64_t first = 0; first < lines; first += chunk)
+    units[made++] = {&g, rows, first, at_most(lines, first + chunk), 0, 0, 0, 0};
+  return made;
+}
+
+int64_t unit_elements(const Unit& u) { return packed_tiles(u) * steps_of(*u.g) * kTileElements; }
+
+}  // namespace
+
+void gemm_bf16(const GemmArgs* products, int64_t count) {
+  int64_t num_units = 0;
+  for (int64_t i = 0; i < count; ++i) num_units += units_of(products[i]);
+  if (num_units == 0) return;
+  Unit* units = static_cast<Unit*>(thread_scratch(kScratchTasks, num_units * sizeof(Unit)));
+  num_units = 0;
+  for (int64_t i = 0; i < count; ++i) num_units += add_units(products[i], units + num_units);
+
+  for (int64_t begin = 0; begin < num_units;) {
+    int64_t end = begin, elements = 0, pack_tasks = 0, lines = 0;
+    for (; end < num_units; ++end) {
+      const int64_t more = unit_elements(units[end]);
+      if (end > begin && (elements + more) * 2 > kWaveBytes) break;
+      units[end].offset = elements;
+      units[end].first_pack_task = pack_tasks;
+      elements += more;
+      pack_tasks += packed_tiles(units[end]);
+      lines += streamed_of(units[end]).count;
+    }
+    bf16* wave = static_cast<bf16*>(thread_scratch(kScratchPacked, elements * sizeof(bf16)));
+    const auto unit_at = [&](int64_t task, int64_t Unit::*first) -> const Unit& {
+      int64_t low = begin, high = end - 1;
+      while (low < high) {
+        const int64_t middle = (low + high + 1) / 2;
+        if (units[middle].*first <= task) low = middle;
+        else high = middle - 1;
+      }
+      return units[low];
+    };
+    parallel_tasks(pack_tasks, [&](int64_t task) {
+      const Unit& u = unit_at(task, &Unit::first_pack_task);
+      pack_unit_tile(u, task - u.first_pack_task, wave);
+    });
+
+    // Stripes of up to 128 lines, shorter ones where there would be too few to share out.
+    const int64_t wanted = 4 * num_threads();
+    int64_t stripe = 128, tasks = 0;
+    while (stripe > 2 * kTile && lines / stripe < wanted) stripe /= 2;
+    for (int64_t i = begin; i < end; ++i) {
+      units[i].stripe = stripe;
+      units[i].first_task = tasks;
+      tasks += ceil_div(streamed_of(units[i]).count, stripe);
+    }
+    parallel_tasks(tasks, [&](int64_t task) {
+      const Unit& u = unit_at(task, &Unit::first_task);
+      const int64_t first = (task - u.first_task) * u.stripe;
+      configure();
+      run_stripe(u, first, at_most(streamed_of(u).count, first + u.stripe), wave);
+      _tile_release();
+    });
+    begin = end;
+  }
+}
+
+void gemm_bf16_serial(const GemmArgs& product) {
+  const int64_t num_units = units_of(product);
+  if (num_units == 0) return;
+  Unit* units = static_cast<Unit*>(thread_scratch(kScratchTasks, num_units * sizeof(Unit)));
+  const int64_t made = add_units(product, units);
+  configure();
+  for (int64_t i = 0; i < made; ++i) {
+    Unit& u = units[i];
+    bf16* wave = static_cast<bf16*>(thread_scratch(kScratchPacked, unit_elements(u) * sizeof(bf16)));
+    for (int64_t tile = 0; tile < packed_tiles(u); ++tile) pack_unit_tile(u, tile, wave);
+    for (int64_t first = 0; first < streamed_of(u).count; first += 128)
+      run_stripe(u, first, at_most(streamed_of(u).count, first + 128), wave);
+  }
+  _tile_release();
+}
+
+}  // namespace glm5::cpu::amx
