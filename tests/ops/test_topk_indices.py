@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm5 import ops, reference
+from glm5 import _native, ops, reference
 from glm5.testing import check, spec
 from tests.ops import properties
 
@@ -57,6 +57,55 @@ def test_ranges(isa):
     ks, ke = (torch.tensor(t, dtype=torch.int32) for t in ([0, 3, 5, 10, 7], [10, 6, 5, 10, 2]))
     want = [[6, 7, 8, 9], [3, 4, 5, -1], [-1] * 4, [-1] * 4, [-1] * 4]
     assert ops.topk_indices(scores, 4, ks, ke).tolist() == want
+
+
+def adversarial_rows(n, k):
+    """Rows made to mislead the sampled threshold, by name."""
+    generator = torch.Generator().manual_seed(0)
+    sampled = torch.zeros(n, dtype=torch.bool)
+    for run in range(64):
+        sampled[(n - 16) * run // 63 :][:16] = True
+    noise = torch.randn(n, generator=generator)
+    yield "the sample holds the largest", torch.where(sampled, noise + 10, noise)
+    yield "the sample holds the smallest", torch.where(sampled, noise - 10, noise)
+    yield "the sample is all NaN", noise.masked_fill(sampled, NAN)
+    yield "only the sample is valid", noise.masked_fill(~sampled, -INF)
+    yield "k-th value shared by many", torch.where(noise > 2, noise, 0.0)
+    yield "more than k above a shared value", torch.where(torch.arange(n) % 3 == 0, noise.abs() + 1, -0.0)
+    yield "shared, -0.0 and 0.0", torch.where(torch.arange(n) % 2 == 0, 0.0, -0.0)
+    yield "two values", (noise > 1).float()
+    yield "huge and tiny", noise * torch.exp(20 * torch.randn(n, generator=generator))
+    yield "infinities", torch.where(noise > 0, INF, -INF)
+    yield "one outlier", torch.where(torch.arange(n) == n // 2, 3e38, noise * 1e-30)
+    yield "exactly k valid", torch.where(torch.arange(n) < k, noise, -INF)
+    yield "ascending", noise.sort().values
+    yield "descending", noise.sort(descending=True).values
+
+
+@pytest.mark.parametrize("n, k", [(4096, 64), (4097, 2048), (20000, 2048), (33333, 1)])
+def test_rows_that_mislead_the_sample(isa, n, k):
+    names, rows = zip(*adversarial_rows(n, k), strict=True)
+    scores = torch.stack(rows)
+    got, want = ops.topk_indices(scores, k), reference.topk_indices(scores, k)
+    assert [name for name, g, w in zip(names, got, want, strict=True) if not torch.equal(g, w)] == []
+
+
+def test_every_path_runs(isa):
+    with _native.counted_paths() as paths:
+        for _, row in adversarial_rows(20000, 2048):
+            ops.topk_indices(row[None], 2048)
+    for name in ("sampled threshold", "misleading sample", "every value a candidate", "k-th value shared by many"):
+        assert paths.get(f"topk_indices: {name}", 0) > 0, paths
+
+
+def test_nothing_is_written_beyond_a_row(isa):
+    """Rows side by side: a vector store must not spill into the next row, whoever computes it."""
+    scores = torch.randn(50, 5000)
+    for k in (1, 15, 16, 17, 33, 2048):
+        want = reference.topk_indices(scores, k)
+        for threads in (1, 3):
+            with properties.threads(threads):
+                assert torch.equal(ops.topk_indices(scores, k), want)
 
 
 def test_opcheck_compile_export():
