@@ -135,7 +135,7 @@ struct PairForward : Shape {
 
 struct PairBackward : Shape {
   using Shape::Shape;
-  const int64_t depth = round_up(a.heads, 32);  // heads of a row of p and dS
+  const int64_t depth = round_up(a.heads, a.heads < 32 ? 2 : 32);  // heads of a row of p and dS
   int64_t chunk = 0, range_shift = 0, ranges = 0;
 
   // Of the chunk's queries, [slot] outermost; keys in the order of their ranges.
@@ -218,7 +218,8 @@ struct PairBackward : Shape {
     }
   }
 
-  GLM5_INLINE void keep(uint16_t* to, F x) const { store(reinterpret_cast<bf16*>(to), x); }
+  // x as heads h .. h + 15 of a row of p or dS.
+  GLM5_INLINE void keep(uint16_t* row, int64_t h, F x) const { store_n(reinterpret_cast<bf16*>(row) + h, x, depth - h); }
 
   // dS of keys j .. j + n - 1: pairs along the keys for dq, and with p rows along the heads for dkv.
   void gradients(const Scratch& s, int64_t j, int64_t n, uint16_t* p_rows, uint16_t* ds_rows) const {
@@ -230,17 +231,17 @@ struct PairBackward : Shape {
         const F delta = load(s.delta + h);
         if (i < n) {
           even = load(px) * (load(dx) - delta) * scale;
-          keep(p_rows + (j + i) * depth + h, load(px));
-          keep(ds_rows + (j + i) * depth + h, even);
+          keep(p_rows + (j + i) * depth, h, load(px));
+          keep(ds_rows + (j + i) * depth, h, even);
         }
         if (i + 1 < n) {
           odd = load(px + lanes) * (load(dx + lanes) - delta) * scale;
-          keep(p_rows + (j + i + 1) * depth + h, load(px + lanes));
-          keep(ds_rows + (j + i + 1) * depth + h, odd);
+          keep(p_rows + (j + i + 1) * depth, h, load(px + lanes));
+          keep(ds_rows + (j + i + 1) * depth, h, odd);
         }
         _mm512_storeu_si512(s.ds_words + i / 2 * lanes + h, pair(even.v, odd.v));
       }
-    if (kTiles && depth > lanes)
+    if (depth > lanes)
       for (int64_t i = j; i < j + n; ++i) {
         std::memset(p_rows + i * depth + lanes, 0, 2 * (depth - lanes));
         std::memset(ds_rows + i * depth + lanes, 0, 2 * (depth - lanes));
@@ -287,7 +288,7 @@ struct PairBackward : Shape {
 
   // Adds the chunk's share to the dkv rows of one key range.
   void range(int64_t r, int64_t queries_here) const {
-    const TileSession session;
+    const TileSession session(depth / 2);
     constexpr int64_t kRows = 64;
     float* spare = static_cast<float*>(thread_scratch(0, 32 * 32 * sizeof(float)));
     float* c[kRows];

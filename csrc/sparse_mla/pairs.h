@@ -156,7 +156,7 @@ struct Ahead {
 #if !defined(__AMX_BF16__)
 
 struct TileSession {
-  TileSession() {}
+  explicit TileSession(int64_t words = 16) { (void)words; }
 };
 
 GLM5_INLINE __m512 dot(__m512 acc, __m512i a, __m512i b) {
@@ -350,8 +350,9 @@ void scatter_rows(const uint16_t* ds, const uint16_t* p, int64_t depth, int64_t 
   }
 }
 
-// c[i] [dim32] += ds[i] . q + p[i] . dout for n keys: ds and p bf16 [n][depth] along the heads; q and dout words [depth / 2]
-// [dim32 | value32] with pairs along the heads. The rows c[i] are distinct. `spare` is workspace of the tile form.
+// c[i] [dim32] += ds[i] . q + p[i] . dout for n keys: ds and p bf16 [n][depth] along the heads; q and dout words
+// [depth / 2][dim32 | value32] with pairs along the heads. The rows c[i] are distinct. depth is a multiple of 32, or a
+// smaller even number that the TileSession was opened with half of. `spare` is workspace of the tile form.
 inline void scatter(const uint16_t* ds, const uint16_t* p, int64_t depth, int64_t heads, int64_t n, const uint32_t* q,
                     int64_t dim32, const uint32_t* dout, int64_t value32, float* const* c, float* spare) {
   (void)spare;
@@ -367,16 +368,23 @@ inline void scatter(const uint16_t* ds, const uint16_t* p, int64_t depth, int64_
 // GCC does not know that a tile load reads memory: keeps stores from sinking below it.
 GLM5_INLINE void stores_are_done() { __asm__ volatile("" ::: "memory"); }
 
-// Tile registers are configured for the life of this object, on this thread.
+// Tile registers are configured for the life of this object, on this thread: 16 x 16 words, or products of a depth of
+// `words` < 16 only (A narrower, B lower), which take as much less time.
 struct TileSession {
-  TileSession() {
-    alignas(64) uint8_t config[64] = {};
-    config[0] = 1;
+  explicit TileSession(int64_t words = 16) {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    const int64_t depth = words < 16 ? words : 16;
     for (int i = 0; i < 8; ++i) {
-      config[16 + 2 * i] = 64;
-      config[48 + i] = 16;
+      config.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? 4 * depth : 64);
+      config.rows[i] = static_cast<uint8_t>(i >= 6 ? depth : 16);
     }
-    _tile_loadconfig(config);
+    // GCC 12's intrinsic names 8 bytes of the configuration as its input; without this the other stores are dropped.
+    __asm__ volatile("" ::"r"(&config) : "memory");
+    _tile_loadconfig(&config);
   }
   ~TileSession() { _tile_release(); }
 };
