@@ -76,7 +76,7 @@ sanitize: build
 	GLM5_LIBRARY_DIR=$(CURDIR)/build/sanitized/lib HYPOTHESIS_PROFILE=few \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so) \
-	$(PY) -m pytest -m "not slow and not unsanitized" $(PYTEST_FLAGS) tests/ops tests/runtime
+	$(PY) -m pytest --capture=sys -m "not slow and not unsanitized" $(PYTEST_FLAGS) tests/ops tests/runtime
 
 clean:
 	rm -rf $(VENV) build dist wheelhouse python/glm5/*.so python/*.egg-info
