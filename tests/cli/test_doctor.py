@@ -56,3 +56,14 @@ def test_an_unknown_command_lists_the_known_ones():
     report = glm5("juggle")
     assert report.returncode == 2
     assert "juggle" in report.stderr and "doctor" in report.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"set -o pipefail; {sys.executable} -m glm5.cli doctor | head -1"
+    report = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
+    assert (report.returncode, report.stderr) == (0, "")
