@@ -120,9 +120,14 @@ GLM5_INLINE F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
 GLM5_INLINE F min(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
 GLM5_INLINE F sqrt(F a) { return {_mm256_sqrt_ps(a.v)}; }
 GLM5_INLINE F load(const float* p) { return {_mm256_loadu_ps(p)}; }
-GLM5_INLINE F load_n(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first_n(n))}; }
+GLM5_INLINE F load_n(const float* p, int64_t n) {
+  return n >= 8 ? load(p) : F{_mm256_maskload_ps(p, first_n(n))};
+}
 GLM5_INLINE void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
-GLM5_INLINE void store_n(float* p, F a, int64_t n) { _mm256_maskstore_ps(p, first_n(n), a.v); }
+GLM5_INLINE void store_n(float* p, F a, int64_t n) {
+  if (n >= 8) return store(p, a);
+  _mm256_maskstore_ps(p, first_n(n), a.v);
+}
 GLM5_INLINE F widen(__m128i h) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))}; }
 GLM5_INLINE F load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 GLM5_INLINE F load_n(const bf16* p, int64_t n) {
