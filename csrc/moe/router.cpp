@@ -9,16 +9,22 @@ namespace {
 
 constexpr int64_t kTokenBlock = 16;
 
-// 1 / (1 + e^-x), within 2 ulp; written so that the compiler can vectorise a loop over it.
-GLM5_INLINE double sigmoid(double x) {
-  double y = x > 700 ? 700 : x;  // NaN stays
-  y = y < -700 ? 700 : -y;
+// As many doubles as a register of this set holds, in the compiler's own vector type: the same expressions, so the same bits,
+// on every set.
+constexpr int kDoubles = GLM5_ISA_LEVEL == 2 ? 8 : GLM5_ISA_LEVEL == 1 ? 4 : 2;
+typedef double Doubles __attribute__((vector_size(8 * kDoubles)));
+typedef int64_t Longs __attribute__((vector_size(8 * kDoubles)));
+
+// 1 / (1 + e^-x), within 2 ulp.
+GLM5_INLINE Doubles sigmoid(Doubles x) {
+  const Doubles limit = Doubles{} + 700;
+  Doubles y = x > limit ? limit : x;  // NaN stays
+  y = y < -limit ? limit : -y;
   const double magic = 6755399441055744.0;  // 1.5 * 2^52: the sum's low mantissa bits are the rounded integer
-  const double shifted = y * 1.4426950408889634 + magic;
-  const double n = shifted - magic;
-  const double r = (y - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
-  double p = 1.0 / 6227020800;
-  p = p * r + 1.0 / 479001600;
+  const Doubles shifted = y * 1.4426950408889634 + magic;
+  const Doubles n = shifted - magic;
+  const Doubles r = (y - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  Doubles p = r * (1.0 / 6227020800) + 1.0 / 479001600;
   p = p * r + 1.0 / 39916800;
   p = p * r + 1.0 / 3628800;
   p = p * r + 1.0 / 362880;
@@ -31,12 +37,27 @@ GLM5_INLINE double sigmoid(double x) {
   p = p * r + 0.5;
   p = p * r + 1.0;
   p = p * r + 1.0;
-  uint64_t bits;
-  __builtin_memcpy(&bits, &shifted, 8);
+  Longs bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
   bits = (bits + 1023) << 52;
-  double power;
-  __builtin_memcpy(&power, &bits, 8);
+  Doubles power;
+  std::memcpy(&power, &bits, sizeof(bits));
   return 1 / (1 + p * power);
+}
+
+GLM5_INLINE double sigmoid(double x) { return sigmoid(Doubles{} + x)[0]; }
+
+// scores[e] = sigmoid(logits[e]); scores may be written up to the next whole vector.
+template <class S>
+void sigmoids(const S* logits, int64_t n, double* scores) {
+  typedef S Given __attribute__((vector_size(sizeof(S) * kDoubles)));
+  for (int64_t e = 0; e < n; e += kDoubles) {
+    Given x{};
+    if (n - e >= kDoubles) std::memcpy(&x, logits + e, sizeof(x));
+    else std::memcpy(&x, logits + e, sizeof(S) * static_cast<size_t>(n - e));
+    const Doubles y = sigmoid(__builtin_convertvector(x, Doubles));
+    std::memcpy(scores + e, &y, sizeof(y));
+  }
 }
 
 // The `k` largest of the keys for which allowed(i), ties to the lower i, NaN and -inf never; returns how many there are.
@@ -108,8 +129,8 @@ void forward(const MoeRouterArgs& a) {
     const int64_t best_size = a.topk > a.topk_groups ? a.topk : a.topk_groups;
     Scratch s;
     s.scores = static_cast<double*>(
-        thread_scratch(0, (2 * a.experts + a.groups + best_size) * sizeof(double) + a.groups * 5 + 64));
-    s.keys = s.scores + a.experts;
+        thread_scratch(0, (2 * a.experts + kDoubles + a.groups + best_size) * sizeof(double) + a.groups * 5 + 64));
+    s.keys = s.scores + a.experts + kDoubles;
     s.group_scores = s.keys + a.experts;
     s.best = s.group_scores + a.groups;
     s.group_ids = reinterpret_cast<int32_t*>(s.best + best_size);
@@ -121,7 +142,7 @@ void forward(const MoeRouterArgs& a) {
       int32_t* ids = a.ids + t * a.topk;
       double* scores = s.scores;
       double* keys = s.keys;
-      for (int64_t e = 0; e < a.experts; ++e) scores[e] = sigmoid(static_cast<double>(logits[e]));
+      sigmoids(logits, a.experts, scores);
       for (int64_t e = 0; e < a.experts; ++e) keys[e] = scores[e] + static_cast<double>(bias[e]);
       if (a.replay) {
         for (int64_t j = 0; j < a.topk; ++j) ids[j] = a.replay[t * a.topk + j];
