@@ -6,6 +6,18 @@
 
 #include "common/checks.h"
 
+// bf16 and e4m3 on AMX have kernels of their own; the rest goes the common way.
+#if defined(__x86_64__)
+#define GLM5_CALL_INDEXER_KERNEL(fn, in)                                                   \
+  do {                                                                                     \
+    const bool pairs = (in).args.dtype == static_cast<int>(Dtype::bf16) || (in).args.dtype == kE4m3; \
+    if (pairs && current_isa() == Isa::amx) cpu::amx::fn((in).args);                       \
+    else GLM5_CALL_KERNEL((in).is_float64, fn, (in).args);                                 \
+  } while (0)
+#else
+#define GLM5_CALL_INDEXER_KERNEL(fn, in) GLM5_CALL_KERNEL((in).is_float64, fn, (in).args)
+#endif
+
 namespace glm5 {
 namespace {
 
@@ -120,7 +132,7 @@ Tensor lightning_indexer_logits(const Tensor& q, const Tensor& k, std::optional<
   in.set_ranges(op, ks, ke);
   Tensor scores = empty_cpu({in.args.num_queries, in.args.num_keys}, in.real());
   in.args.scores = scores.mutable_data_ptr();
-  GLM5_CALL_KERNEL(in.is_float64, lightning_indexer_logits, in.args);
+  GLM5_CALL_INDEXER_KERNEL(lightning_indexer_logits, in);
   return scores;
 }
 
@@ -130,7 +142,7 @@ Tensor lightning_indexer_selected_logits(const Tensor& q, const Tensor& k, const
   in.set_indices(op, indices);
   Tensor scores = empty_cpu({in.args.num_queries, in.args.topk}, in.real());
   in.args.scores = scores.mutable_data_ptr();
-  GLM5_CALL_KERNEL(in.is_float64, lightning_indexer_selected_logits, in.args);
+  GLM5_CALL_INDEXER_KERNEL(lightning_indexer_selected_logits, in);
   return scores;
 }
 
@@ -147,7 +159,7 @@ std::tuple<Tensor, Tensor> lightning_indexer_topk(const Tensor& q, const Tensor&
   in.args.topk = topk;
   in.args.chosen = indices.mutable_data_ptr<int32_t>();
   in.args.lse = lse.mutable_data_ptr();
-  GLM5_CALL_KERNEL(in.is_float64, lightning_indexer_topk, in.args);
+  GLM5_CALL_INDEXER_KERNEL(lightning_indexer_topk, in);
   return {indices, lse};
 }
 

@@ -36,3 +36,10 @@ GLM5_DECLARE_KERNEL(void lightning_indexer_logits(const LightningIndexerArgs& ar
                     void lightning_indexer_selected_logits(const LightningIndexerArgs& args);
                     void lightning_indexer_topk(const LightningIndexerArgs& args);
                     void lightning_indexer_logits_backward(const LightningIndexerArgs& args))
+
+// Kernels of their own for bf16 and e4m3 on AMX tiles; every other op and dtype runs as AVX-512 there.
+namespace glm5::cpu::amx {
+void lightning_indexer_logits(const LightningIndexerArgs& args);
+void lightning_indexer_selected_logits(const LightningIndexerArgs& args);
+void lightning_indexer_topk(const LightningIndexerArgs& args);
+}  // namespace glm5::cpu::amx

@@ -47,10 +47,17 @@ template <class T> struct Packing {
   GLM5_INLINE static Element element(const T* row, int64_t, int64_t step) { return to_float(row[step]); }
 };
 
+// The number of steps is a multiple of this, the ones beyond the head dimension being zero.
+#ifndef GLM5_INDEXER_STEP_BLOCK
+#define GLM5_INDEXER_STEP_BLOCK 1
+#endif
+
 #if GLM5_ISA_LEVEL == 2
 template <class T> struct PairPacking {
   using Element = uint32_t;
-  static int64_t steps(int64_t dim) { return (dim + 1) / 2; }
+  static int64_t steps(int64_t dim) {
+    return ((dim + 1) / 2 + GLM5_INDEXER_STEP_BLOCK - 1) / GLM5_INDEXER_STEP_BLOCK * GLM5_INDEXER_STEP_BLOCK;
+  }
   GLM5_INLINE static uint32_t bits(bf16 x) { return x.bits; }
   GLM5_INLINE static uint32_t bits(e4m3 x) {
     const float y = to_float(x);
@@ -59,7 +66,7 @@ template <class T> struct PairPacking {
     return b >> 16;
   }
   GLM5_INLINE static Element element(const T* row, int64_t dim, int64_t step) {
-    return bits(row[2 * step]) | (2 * step + 1 < dim ? bits(row[2 * step + 1]) << 16 : 0u);
+    return (2 * step < dim ? bits(row[2 * step]) : 0u) | (2 * step + 1 < dim ? bits(row[2 * step + 1]) << 16 : 0u);
   }
 };
 template <> struct Packing<bf16> : PairPacking<bf16> {};
@@ -68,7 +75,100 @@ template <> struct Packing<e4m3> : PairPacking<e4m3> {};
 
 template <class T> using Element = typename Packing<T>::Element;
 
+template <class T> struct Scratch {
+  Element<T>* keys;   // [steps][kTileKeys]
+  Element<T>* heads;  // [queries][num_heads][steps], and a tile of rows to spare
+  Scratch(const LightningIndexerArgs& a, int64_t queries) {
+    const int64_t steps = Packing<T>::steps(a.dim);
+    keys = static_cast<Element<T>*>(
+        thread_scratch(0, sizeof(Element<T>) * (steps * (kTileKeys + queries * a.num_heads + 16) + 16)));
+    heads = keys + steps * kTileKeys;
+  }
+};
+
+#if GLM5_ISA_LEVEL == 2
+
+// row[j][i] -> column[i][j] for 16 x 16 values of 32 bits, in four rounds of exchanges.
+GLM5_INLINE void transpose16(__m512i (&r)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+    r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+    r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+
 // Packs `count` keys, row `first + i` or `indices[i]` of k as key i; missing keys are zero.
+inline void pack_keys(const bf16* k, const int32_t* indices, int64_t first, int64_t count, int64_t dim,
+                      uint32_t* packed) {
+  const int64_t steps = Packing<bf16>::steps(dim);
+  for (int64_t i = 0; i < kTileKeys; i += 16) {
+    int64_t s = 0;
+    for (; 2 * (s + 16) <= dim; s += 16) {
+      __m512i r[16];
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; ++j)
+        r[j] = i + j < count
+                   ? _mm512_loadu_si512(k + (indices ? indices[i + j] : first + i + j) * dim + 2 * s)
+                   : _mm512_setzero_si512();
+      transpose16(r);
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; ++j) _mm512_storeu_si512(packed + (s + j) * kTileKeys + i, r[j]);
+    }
+    for (int64_t j = i; j < i + 16; ++j)
+      for (int64_t rest = s; rest < steps; ++rest)
+        packed[rest * kTileKeys + j] =
+            j < count ? Packing<bf16>::element(k + (indices ? indices[j] : first + j) * dim, dim, rest) : 0u;
+  }
+}
+
+// Exactly the bf16 values of n e4m3 ones.
+inline void decode(const e4m3* from, int64_t n, bf16* to) {
+  const __m512i subnormal = _mm512_castsi128_si512(
+      _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));  // 0..7 times 2^-9
+  for (int64_t i = 0; i < n; i += 32) {
+    const __mmask32 there = n - i >= 32 ? 0xffffffffu : (1u << (n - i)) - 1u;
+    const __m512i x = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(there, from + i));
+    const __m512i magnitude = _mm512_and_si512(x, _mm512_set1_epi16(0x7f));
+    __m512i y = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+    y = _mm512_mask_permutexvar_epi16(y, _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8)), magnitude, subnormal);
+    y = _mm512_mask_mov_epi16(y, _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f)), _mm512_set1_epi16(0x7fc0));
+    y = _mm512_or_si512(y, _mm512_slli_epi16(_mm512_and_si512(x, _mm512_set1_epi16(0x80)), 8));
+    _mm512_mask_storeu_epi16(to + i, there, y);
+  }
+}
+
+inline void pack_keys(const e4m3* k, const int32_t* indices, int64_t first, int64_t count, int64_t dim,
+                      uint32_t* packed) {
+  bf16* rows = static_cast<bf16*>(thread_scratch(3, sizeof(bf16) * (kTileKeys * dim + 32)));
+  for (int64_t i = 0; i < count; ++i) decode(k + (indices ? indices[i] : first + i) * dim, dim, rows + i * dim);
+  pack_keys(rows, nullptr, 0, count, dim, packed);
+}
+
+#endif
+
+// The same for every other storage type.
 template <class T>
 void pack_keys(const T* k, const int32_t* indices, int64_t first, int64_t count, int64_t dim, Element<T>* packed) {
   const int64_t steps = Packing<T>::steps(dim);
@@ -89,7 +189,8 @@ const Element<T>* pack_heads(const T* q, int64_t num_heads, int64_t dim, Element
     return reinterpret_cast<const Element<T>*>(q);
   } else {
     if constexpr (sizeof(T) == 2 && sizeof(Element<T>) == 4 && GLM5_ISA_LEVEL == 2)
-      if (dim % 2 == 0 && reinterpret_cast<uintptr_t>(q) % 4 == 0) return reinterpret_cast<const Element<T>*>(q);
+      if (dim % (2 * GLM5_INDEXER_STEP_BLOCK) == 0 && reinterpret_cast<uintptr_t>(q) % 4 == 0)
+        return reinterpret_cast<const Element<T>*>(q);
     const int64_t steps = Packing<T>::steps(dim);
     for (int64_t h = 0; h < num_heads; ++h)
       for (int64_t s = 0; s < steps; ++s) buffer[h * steps + s] = Packing<T>::element(q + h * dim, dim, s);

@@ -60,7 +60,7 @@ class TestBothOps:
         whole = run(slice(None))
         order = torch.randperm(37, generator=torch.Generator().manual_seed(0))
         assert all(same_bits(w[order], g) for w, g in zip(whole, run(order), strict=True)), "row order"
-        for rows in (slice(0, 1), slice(15, 18), slice(16, 37), slice(36, 37)):
+        for rows in (slice(0, 1), slice(1, 3), slice(15, 18), slice(16, 37), slice(36, 37)):
             assert all(same_bits(w[rows], g) for w, g in zip(whole, run(rows), strict=True)), f"batch split {rows}"
         for shift in (1, 16, 63, 64, 77):
             padded = torch.cat([RandomDraw(9).tensor(shift, 40).to(dtype), k])
@@ -90,6 +90,20 @@ class TestBothOps:
         run = getattr(ops, op.name)
         got, want = (run(x, k, k_scale, weights, *causal(37, 150), *extra) for x in (shifted, q))
         assert all(same_bits(w, g) for w, g in zip(properties.as_tuple(want), properties.as_tuple(got), strict=True))
+
+
+@DTYPES
+@pytest.mark.parametrize("heads", [1, 3, 16, 17, 31, 64, 128])
+def test_a_score_does_not_depend_on_which_queries_share_a_block(isa, dtype, heads):
+    """Any head count, cut anywhere: register blocks, tiles of rows and their overlaps all give the same bits."""
+    q, k, k_scale, weights = draw_inputs(dtype, 35, 70, heads, 33)
+    ks, ke = int32([0] * 35), int32([70] * 35)
+    whole = ops.lightning_indexer_logits(q, k, k_scale, weights, ks, ke)
+    for cut in (1, 2, 5, 15, 31, 32, 33):
+        parts = [
+            ops.lightning_indexer_logits(q[r], k, k_scale, weights[r], ks[r], ke[r]) for r in (slice(0, cut), slice(cut, 35))
+        ]
+        assert same_bits(torch.cat(parts), whole), f"cut at {cut}"
 
 
 @DTYPES
@@ -132,12 +146,17 @@ def test_topk_of_a_long_row(isa, dtype, queries):
 
 
 def test_every_microkernel_and_tail_runs(isa):
+    """What each of these paths computes is compared with float64 and with other batch splits above."""
     with _native.counted_paths() as paths:
-        for heads in (3, 4):
-            q, k, k_scale, weights = draw_inputs(torch.bfloat16, 2, 80, heads, 8)
-            ops.lightning_indexer_logits(q, k, k_scale, weights, int32([0, 0]), int32([80, 65]))
-    for name in ("full register block", "single vector of keys", "single head"):
-        assert paths.get(f"lightning_indexer: {name}", 0) > 0, paths
+        for dtype, queries, heads in [(torch.bfloat16, 2, 3), (torch.bfloat16, 9, 4), (torch.float32, 2, 5)]:
+            q, k, k_scale, weights = draw_inputs(dtype, queries, 200, heads, 8)
+            ops.lightning_indexer_logits(q, k, k_scale, weights, int32([0] * queries), int32([200 - 64] * queries))
+            ops.lightning_indexer_logits(q, k, k_scale, weights, int32([5] * queries), int32([200] * queries))
+    names = ["full register block", "single vector of keys", "single head"]
+    if isa == "amx":
+        names += ["whole tiles of rows", "overlapping tiles of rows", "less than a tile of rows"]
+        names += ["four vectors of keys", "single vectors of keys"]
+    assert [name for name in names if not paths.get(f"lightning_indexer: {name}")] == []
 
 
 @pytest.mark.parametrize("value, lse", [(NAN, NAN), (INF, INF), (-INF, None)])
