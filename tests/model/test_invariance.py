@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from glm5 import Glm5Config, Glm5ForCausalLM
 from glm5.model.cache import LatentCache
 from tests.model import shapes
 from tests.ops.properties import same_bits, threads
@@ -63,13 +64,26 @@ def test_a_document_does_not_feel_its_pack(form, dtype):
 
 
 @FORMS
+@DTYPES
 @torch.no_grad()
-def test_every_instruction_set_keeps_the_promise(isa, form):
-    model = shapes.model(form, index_topk=64)
+def test_every_instruction_set_keeps_the_promise(isa, form, dtype):
+    model = shapes.model(form, dtype, index_topk=64)
     long, short = shapes.random_tokens(700), shapes.random_tokens(33, seed=1)
     packed = hidden(model, shapes.pack(short, long))
     assert same_bits(packed[33:], hidden(model, shapes.pack(long)))
     assert same_bits(packed[:433], hidden(model, shapes.pack(short, long[:400])))
+
+
+@FORMS
+@DTYPES
+@torch.no_grad()
+def test_the_tiny_preset_at_its_training_length(form, dtype):
+    model = Glm5ForCausalLM(Glm5Config.preset("tiny"), dtype=dtype)
+    model.attention = form
+    first, second = shapes.random_tokens(1024), shapes.random_tokens(500, seed=1)
+    packed = hidden(model, shapes.pack(first, second))
+    assert same_bits(packed[1024:], hidden(model, shapes.pack(second)))
+    assert same_bits(packed[:777], hidden(model, shapes.pack(first[:777])))
 
 
 @FORMS
