@@ -12,7 +12,8 @@
 namespace glm5::cpu::GLM5_ISA {
 namespace {
 
-constexpr int64_t kRows = kMlaBackwardRows, kBlock = kMlaKeyBlock;
+// Rows and keys of one step.
+constexpr int64_t kRows = kMlaBackwardRows, kBlock = 256;
 
 template <class T>
 struct BackwardScratch {

@@ -98,11 +98,13 @@ struct Tiles {
 
   explicit Tiles(MlaAttentionArgs& args) {
     std::vector<int64_t> costs;
+    const bool amx = args.dtype == static_cast<int>(Dtype::bf16) && current_isa() == Isa::amx;
+    const int64_t most_rows = amx ? kMlaForwardRowsAmx : kMlaForwardRows;
     bool has_keys = false;
     for (int64_t row = 0; row < args.num_queries; ++row) {
       const int64_t ks = args.ks[row], ke = args.ke[row];
       const bool keys = ks < ke;
-      const bool fits = !tiles.empty() && row - tiles.back().begin < kMlaForwardRows &&
+      const bool fits = !tiles.empty() && row - tiles.back().begin < most_rows &&
                         (!keys || !has_keys || tiles.back().ks == ks);
       if (!fits) {
         tiles.push_back({row, row, 0, 0});

@@ -8,31 +8,33 @@
 namespace glm5::cpu::GLM5_ISA {
 namespace {
 
-// Rows whose scores and probabilities of one key block are held at a time: they stay in the nearest caches.
-template <class E> inline constexpr int64_t kGroupRows = kTiles<E> ? 32 : 24;
+// Keys are taken in blocks of this many, counted from the ks of the query row itself: the unit of the online softmax. And
+// the rows whose scores and probabilities of one block are held at a time, so that they stay in the nearest caches.
+template <class E> inline constexpr int64_t kKeyBlock = kTiles<E> ? 128 : 256;
+template <class E> inline constexpr int64_t kGroupRows = kTiles<E> ? 64 : 24;
 
 template <class T>
 struct ForwardScratch {
   using E = Operand<T>;
   using S = Acc<T>;
   int64_t dk, dv;        // rounded up to kStep; to a vector
-  E *q, *k, *v, *p;      // [rows][dk], packed K^T of a block, packed V of a block, [kGroupRows][kMlaKeyBlock]
-  S *scores, *pv, *out;  // [kGroupRows][kMlaKeyBlock], [kGroupRows][dv], [rows][dv]
+  E *q, *k, *v, *p;      // [rows][dk], packed K^T of a block, packed V of a block, [kGroupRows][kKeyBlock]
+  S *scores, *pv, *out;  // [kGroupRows][kKeyBlock], [kGroupRows][dv], [rows][dv]
   S *largest, *total;    // [rows]: the running maximum of the scaled scores, and the sum of 2^(score - maximum)
 
   ForwardScratch(Carver& carver, const MlaAttentionArgs& a, int64_t rows) {
     dk = round_up(a.dk, kStep<E>), dv = round_up(a.dv, Vector<T>::kLanes);
     const int64_t places = round_up(rows, kGroupRows<E>);
     q = carver.take<E>(places * dk);
-    k = carver.take<E>(packed_size<E>(kMlaKeyBlock, a.dk));
-    v = carver.take<E>(packed_size<E>(a.dv, kMlaKeyBlock));
-    scores = carver.take<S>(kGroupRows<E> * kMlaKeyBlock);
+    k = carver.take<E>(packed_size<E>(kKeyBlock<E>, a.dk));
+    v = carver.take<E>(packed_size<E>(a.dv, kKeyBlock<E>));
+    scores = carver.take<S>(kGroupRows<E> * kKeyBlock<E>);
     if constexpr (sizeof(E) == sizeof(S)) p = scores;
-    else p = carver.take<E>(kGroupRows<E> * kMlaKeyBlock);
+    else p = carver.take<E>(kGroupRows<E> * kKeyBlock<E>);
     pv = carver.take<S>(kGroupRows<E> * dv);
     out = carver.take<S>(places * dv);
-    largest = carver.take<S>(rows);
-    total = carver.take<S>(rows);
+    largest = carver.take<S>(places + Vector<T>::kLanes);  // read by vectors
+    total = carver.take<S>(places);
   }
 };
 
@@ -40,8 +42,9 @@ struct ForwardScratch {
 template <class T>
 struct Group {
   int64_t first, count;
-  int64_t num_keys[kGroupRows<Operand<T>>], most = 0;
-  Acc<T> fade[kGroupRows<Operand<T>>];
+  static constexpr int64_t kPlaces = (kGroupRows<Operand<T>> + 15) / 16 * 16;
+  int64_t num_keys[kPlaces], most = 0;
+  alignas(64) Acc<T> shift[kPlaces], fade[kPlaces];  // minus the new maximum; and the factor
 
   Group(const MlaAttentionArgs& a, const MlaRowTile& tile, int64_t first_row, int64_t rows, int64_t first_key,
         int64_t width)
@@ -54,6 +57,34 @@ struct Group {
   }
 };
 
+// The online softmax's step: scores become probabilities relative to the running maximum.
+template <class T>
+void update_softmax(const ForwardScratch<T>& s, Group<T>& g, Acc<T> scale) {
+  using E = Operand<T>;
+  using V = Vector<T>;
+  using S = Acc<T>;
+  const V lowest = splat<V>(static_cast<S>(-__builtin_inf())), zero = splat<V>(0);
+  for (int64_t r = 0; r < g.count; ++r)
+    g.shift[r] = g.num_keys[r] ? largest_score<T>(s.scores + r * kKeyBlock<E>, g.num_keys[r], scale)
+                               : static_cast<S>(-__builtin_inf());
+  // The last vector may reach into the next group's rows, which it must leave as they are.
+  for (int64_t r = g.count; r < Group<T>::kPlaces; ++r) g.shift[r] = static_cast<S>(-__builtin_inf());
+  for (int64_t r = 0; r < g.count; r += V::kLanes) {
+    S* largest = s.largest + g.first + r;
+    const V before = lanes(largest), after = max(lanes(g.shift + r), before);
+    const V shift = where_lt(lowest, after, after, zero);
+    store(g.fade + r, pow2(before - shift));
+    store(g.shift + r, zero - shift);
+    store(largest, after);
+  }
+  for (int64_t r = 0; r < g.count; ++r)
+    if (g.num_keys[r]) {
+      S& total = s.total[g.first + r];
+      total = total * g.fade[r] + weigh<T>(s.scores + r * kKeyBlock<E>, s.p + r * kKeyBlock<E>, g.num_keys[r], scale,
+                                           g.shift[r]);
+    }
+}
+
 // out = out * fade + P V, vectors. A row multiplies its own keys only, since 0 * NaN of a later key would leak in: rows
 // together as far as the shortest of them goes, then one by one.
 template <class T>
@@ -61,17 +92,17 @@ void add_values(const ForwardScratch<T>& s, const Group<T>& g, bool first_block)
   using E = Operand<T>;
   using V = Vector<T>;
   constexpr int L = V::kLanes;
-  const int64_t stride = panel_stride<E>(kMlaKeyBlock);
+  const int64_t stride = panel_stride<E>(kKeyBlock<E>);
   for (int64_t r = 0; r < g.count; r += kTileRows) {
     const int64_t together = smaller(kTileRows, g.count - r);
     int64_t least = g.num_keys[r];
     for (int64_t i = 1; i < together; ++i) least = smaller(least, g.num_keys[r + i]);
     least = least / kPair<E> * kPair<E>;
-    product(together, s.dv / L, least, s.p + r * kMlaKeyBlock, kMlaKeyBlock, s.v, stride, s.pv + r * s.dv, s.dv,
+    product(together, s.dv / L, least, s.p + r * kKeyBlock<E>, kKeyBlock<E>, s.v, stride, s.pv + r * s.dv, s.dv,
             Into::replace);
     for (int64_t i = r; i < r + together; ++i)
       if (g.num_keys[i] > least)
-        product(1, s.dv / L, g.num_keys[i] - least, s.p + i * kMlaKeyBlock + least, kMlaKeyBlock,
+        product(1, s.dv / L, g.num_keys[i] - least, s.p + i * kKeyBlock<E> + least, kKeyBlock<E>,
                 s.v + least * kPanel<E>, stride, s.pv + i * s.dv, s.dv, Into::resume);
   }
   for (int64_t r = 0; r < g.count; ++r) {
@@ -103,9 +134,10 @@ bool all_finite(const bf16* src, int64_t stride, int64_t rows, int64_t columns) 
 // block of V, `stride` apart), each row gets a copy of V that ends with its own keys.
 void add_values_on_tiles(const ForwardScratch<bf16>& s, const Group<bf16>& g, bool first_block, const bf16* values,
                          int64_t stride, int64_t dv, bool finite) {
-  const int64_t steps = round_up(g.most, kStep<bf16>), panels = panel_stride<bf16>(kMlaKeyBlock);
+  using E = bf16;
+  const int64_t steps = round_up(g.most, kStep<bf16>), panels = panel_stride<bf16>(kKeyBlock<E>);
   for (int64_t r = 0; r < g.count; ++r) {
-    bf16* p = s.p + r * kMlaKeyBlock;
+    bf16* p = s.p + r * kKeyBlock<E>;
     const int64_t written = round_up(g.num_keys[r], 16);
     if (written < steps) std::memset(p + written, 0, static_cast<size_t>(steps - written) * 2);
     if (first_block || g.num_keys[r] == 0 || g.fade[r] == 1.f) continue;
@@ -114,7 +146,7 @@ void add_values_on_tiles(const ForwardScratch<bf16>& s, const Group<bf16>& g, bo
   }
   const Into into = first_block ? Into::replace : Into::resume;
   if (finite) {
-    product(g.count, s.dv / 16, steps, s.p, kMlaKeyBlock, s.v, panels, s.out + g.first * s.dv, s.dv, into);
+    product(g.count, s.dv / 16, steps, s.p, kKeyBlock<E>, s.v, panels, s.out + g.first * s.dv, s.dv, into);
     return;
   }
   GLM5_COUNT_PATH("mla tiles with values that are not finite");
@@ -123,7 +155,7 @@ void add_values_on_tiles(const ForwardScratch<bf16>& s, const Group<bf16>& g, bo
     float* out = s.out + (g.first + r) * s.dv;
     pack_rows(s.v, panels, values, stride, g.num_keys[r], dv);
     std::memcpy(s.pv, out, static_cast<size_t>(s.dv) * 4);
-    product(1, s.dv / 16, round_up(g.num_keys[r], kStep<bf16>), s.p + r * kMlaKeyBlock, kMlaKeyBlock, s.v, panels, s.pv,
+    product(1, s.dv / 16, round_up(g.num_keys[r], kStep<bf16>), s.p + r * kKeyBlock<E>, kKeyBlock<E>, s.v, panels, s.pv,
             s.dv, into);
     std::memcpy(out, s.pv, static_cast<size_t>(s.dv) * 4);
   }
@@ -144,15 +176,16 @@ void forward_tile(const MlaAttentionArgs& a, const MlaRowTile& tile, int64_t hea
   const TileSession session;
 
   copy_rows(s.q, s.dk, static_cast<const T*>(a.q) + tile.begin * q_stride + head * a.dk, q_stride, rows, a.dk);
-  for (int64_t r = 0; r < rows; ++r) s.largest[r] = -__builtin_inf(), s.total[r] = 0;
+  for (int64_t r = 0; r < rows + L; ++r) s.largest[r] = -__builtin_inf();
+  for (int64_t r = 0; r < rows; ++r) s.total[r] = 0;
 
   const S scale = static_cast<S>(a.scale * kLog2e);
-  for (int64_t block = 0; block < tile.ke - tile.ks; block += kMlaKeyBlock) {
-    const int64_t first_key = tile.ks + block, width = smaller(kMlaKeyBlock, tile.ke - first_key);
+  for (int64_t block = 0; block < tile.ke - tile.ks; block += kKeyBlock<E>) {
+    const int64_t first_key = tile.ks + block, width = smaller(kKeyBlock<E>, tile.ke - first_key);
     const T* keys = static_cast<const T*>(a.k) + first_key * q_stride + head * a.dk;
     const T* values = static_cast<const T*>(a.v) + first_key * v_stride + head * a.dv;
     pack_transposed(s.k, panel_stride<E>(a.dk), keys, q_stride, width, a.dk);
-    pack_rows(s.v, panel_stride<E>(kMlaKeyBlock), values, v_stride, width, a.dv);
+    pack_rows(s.v, panel_stride<E>(kKeyBlock<E>), values, v_stride, width, a.dv);
 #ifdef GLM5_MLA_TILES
     const bool finite = all_finite(values, v_stride, width, a.dv);
 #endif
@@ -160,11 +193,8 @@ void forward_tile(const MlaAttentionArgs& a, const MlaRowTile& tile, int64_t hea
       Group<T> g(a, tile, first, rows, first_key, width);
       if (g.most == 0) continue;
       product(g.count, (g.most + L - 1) / L, s.dk, s.q + first * s.dk, s.dk, s.k, panel_stride<E>(a.dk), s.scores,
-              kMlaKeyBlock, Into::replace);
-      for (int64_t r = 0; r < g.count; ++r)
-        if (g.num_keys[r] > 0)
-          g.fade[r] = softmax_row<T>(s.scores + r * kMlaKeyBlock, s.p + r * kMlaKeyBlock, g.num_keys[r], scale,
-                                     s.largest[first + r], s.total[first + r]);
+              kKeyBlock<E>, Into::replace);
+      update_softmax(s, g, scale);
 #ifdef GLM5_MLA_TILES
       add_values_on_tiles(s, g, block == 0, values, v_stride, a.dv, finite);
 #else

@@ -8,10 +8,9 @@
 
 namespace glm5 {
 
-// Keys are taken in blocks of this many, counted from the ks of the query row itself: the unit of the online softmax.
-inline constexpr int64_t kMlaKeyBlock = 256;
-// Most query rows of one forward task, and of one step of the backward.
-inline constexpr int64_t kMlaForwardRows = 192, kMlaBackwardRows = 64;
+// Most query rows of one forward task (on AMX, where packing a key block costs more beside the product), and of one step
+// of the backward. They decide nothing but speed.
+inline constexpr int64_t kMlaForwardRows = 192, kMlaForwardRowsAmx = 512, kMlaBackwardRows = 64;
 
 // Consecutive query rows that one task treats together.
 struct MlaRowTile {

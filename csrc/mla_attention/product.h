@@ -30,7 +30,11 @@ template <class E> inline constexpr int kPair = sizeof(E) == 2 ? 2 : 1;
 template <class E> inline constexpr int kStep = kTiles<E> ? 32 : kPair<E>;
 template <class E> inline constexpr int kRowStep = kTiles<E> ? 16 : 1;
 // The register tile: rows times vectors of columns, within 32 vector registers (AVX-512) or 16.
+#ifdef GLM5_MLA_TILES
+inline constexpr int kTileRows = 6, kTileVectors = 2;  // a panel is as wide as two tiles: what a step reads is contiguous
+#else
 inline constexpr int kTileRows = 6, kTileVectors = GLM5_ISA_LEVEL == 2 ? 4 : 2;
+#endif
 // Columns of a packed panel; B is [panel][k / kPair, up to kStep][kPanel][kPair].
 template <class E> inline constexpr int kPanel = kTileVectors * Vector<E>::kLanes;
 
@@ -242,18 +246,11 @@ template <>
 void product<bf16>(int64_t rows, int64_t vectors, int64_t k, const bf16* a, int64_t lda, const bf16* b, int64_t stride,
                    float* c, int64_t ldc, Into into) {
   const bool resume = into != Into::replace;
-  for (int64_t v = 0; v < vectors; v += 2) {
-    const bf16* columns = b + v / kTileVectors * stride + v % kTileVectors * 32;
-    const bool two = v + 1 < vectors;
-    int64_t r = 0;
-    for (; r + 16 < rows; r += 32) {
-      if (two) tile_product<2, 2>(k, a + r * lda, lda, columns, c + r * ldc + v * 16, ldc, resume);
-      else tile_product<2, 1>(k, a + r * lda, lda, columns, c + r * ldc + v * 16, ldc, resume);
-    }
-    if (r < rows) {
-      if (two) tile_product<1, 2>(k, a + r * lda, lda, columns, c + r * ldc + v * 16, ldc, resume);
-      else tile_product<1, 1>(k, a + r * lda, lda, columns, c + r * ldc + v * 16, ldc, resume);
-    }
+  for (int64_t v = 0; v < vectors; v += 2, b += stride, c += 32) {
+    const auto tile = v + 1 < vectors ? tile_product<2, 2> : tile_product<2, 1>;
+    const auto half = v + 1 < vectors ? tile_product<1, 2> : tile_product<1, 1>;
+    for (int64_t r = 0; r < rows; r += 32)
+      (r + 16 < rows ? tile : half)(k, a + r * lda, lda, b, c + r * ldc, ldc, resume);
   }
 }
 #else

@@ -56,51 +56,53 @@ template <> GLM5_INLINE void store_operand<bf16>(bf16* p, F x) {
 }
 #endif
 
-// One row of one key block: scores[0..n), in any whole vectors, become 2^(score * scale - maximum) in p with zeros up to
-// the end of the last vector; the running maximum (of the scaled scores) and the running sum are updated. Returns what
-// earlier sums are to be multiplied by.
+// The largest of scores[0..n) times scale; NaNs are skipped here and show in the sum.
 template <class T>
-GLM5_INLINE Acc<T> softmax_row(const Acc<T>* scores, Operand<T>* p, int64_t n, Acc<T> scale, Acc<T>& largest,
-                               Acc<T>& total) {
+GLM5_INLINE Acc<T> largest_score(const Acc<T>* scores, int64_t n, Acc<T> scale) {
   using V = Vector<T>;
   using S = Acc<T>;
   constexpr int L = V::kLanes;
-  const S lowest = -__builtin_inf();
-  const V scales = splat<V>(scale), none = splat<V>(lowest);
-  const int64_t whole = n / L * L;
-  // max() gives its second operand where either is NaN: a NaN score is skipped here and shows in the sum.
-  V top = none;
-  for (int64_t i = 0; i < whole; i += L) top = max(lanes(scores + i) * scales, top);
-  V last = none;
-  if (whole < n) {
-    last = where_lt(lane_numbers<V>(), splat<V>(static_cast<S>(n - whole)), lanes(scores + whole), none);
-    const V scaled = where_lt(lane_numbers<V>(), splat<V>(static_cast<S>(n - whole)), last * scales, none);
-    top = max(scaled, top);
+  const V scales = splat<V>(scale), none = splat<V>(static_cast<S>(-__builtin_inf()));
+  V top[4] = {none, none, none, none};
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) top[j] = max(lanes(scores + i + j * L) * scales, top[j]);  // max keeps top where it is NaN
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    if (i + j * L >= n) break;
+    const V inside = splat<V>(static_cast<S>(n - i - j * L));
+    top[j] = max(where_lt(lane_numbers<V>(), inside, lanes(scores + i + j * L) * scales, none), top[j]);
   }
-  const S before = largest, top_lane = max_lane(top), after = top_lane > before ? top_lane : before;
-  const S shift_by = after == lowest ? S(0) : after;
-  const V shift = splat<V>(-shift_by);
-  V sums = splat<V>(0);
-  for (int64_t i = 0; i < whole; i += L) {
-    const V weight = pow2(fma(lanes(scores + i), scales, shift));
-    sums = sums + weight;
-    store_operand(p + i, weight);
+  return max_lane(max(max(top[0], top[1]), max(top[2], top[3])));
+}
+
+// scores[0..n) become 2^(score * scale + shift) in p, with zeros up to the end of the last vector. Returns their sum,
+// unrounded, in an order that depends on the position alone.
+template <class T>
+GLM5_INLINE Acc<T> weigh(const Acc<T>* scores, Operand<T>* p, int64_t n, Acc<T> scale, Acc<T> shift) {
+  using V = Vector<T>;
+  using S = Acc<T>;
+  constexpr int L = V::kLanes;
+  const V scales = splat<V>(scale), shifts = splat<V>(shift), zero = splat<V>(0);
+  V sums[4] = {zero, zero, zero, zero};
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const V weight = pow2(fma(lanes(scores + i + j * L), scales, shifts));
+      sums[j] = sums[j] + weight;
+      store_operand(p + i + j * L, weight);
+    }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    if (i + j * L >= n) break;
+    const V inside = splat<V>(static_cast<S>(n - i - j * L));
+    const V weight = where_lt(lane_numbers<V>(), inside, pow2(fma(lanes(scores + i + j * L), scales, shifts)), zero);
+    sums[j] = sums[j] + weight;
+    store_operand(p + i + j * L, weight);
   }
-  if (whole < n) {
-    const V inside = splat<V>(static_cast<S>(n - whole));
-    const V weight = where_lt(lane_numbers<V>(), inside, pow2(fma(last, scales, shift)), splat<V>(0));
-    sums = sums + weight;
-    store_operand(p + whole, weight);
-  }
-  S fade = 1;
-  if (after != before) {
-    S kept[L];
-    store(kept, pow2(splat<V>(before - shift_by)));
-    fade = kept[0];
-  }
-  largest = after;
-  total = total * fade + sum(sums);
-  return fade;
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 }  // namespace

@@ -8,6 +8,8 @@
 namespace glm5::cpu::GLM5_ISA {
 namespace {
 
+constexpr int64_t kTargetBlock = 256;  // keys at a time, counted from ks
+
 template <class T>
 void target_tile(const MlaAttentionArgs& a, const MlaRowTile& tile) {
   using E = Operand<T>;
@@ -28,24 +30,24 @@ void target_tile(const MlaAttentionArgs& a, const MlaRowTile& tile) {
   for (int pass = 0; pass < 2; ++pass) {
     if (pass == 1) carver = Carver{static_cast<char*>(thread_scratch(0, carver.used))};
     q = carver.take<E>(round_up(rows, kRowStep<E>) * dk);
-    k = carver.take<E>(packed_size<E>(kMlaKeyBlock, a.dk));
-    scores = carver.take<S>(round_up(rows, kRowStep<E>) * kMlaKeyBlock);
+    k = carver.take<E>(packed_size<E>(kTargetBlock, a.dk));
+    scores = carver.take<S>(round_up(rows, kRowStep<E>) * kTargetBlock);
   }
   const TileSession session;
   const V scale = splat<V>(static_cast<S>(a.scale * kLog2e));
-  for (int64_t block = 0; block < tile.ke - tile.ks; block += kMlaKeyBlock) {
-    const int64_t first_key = tile.ks + block, width = smaller(kMlaKeyBlock, tile.ke - first_key);
+  for (int64_t block = 0; block < tile.ke - tile.ks; block += kTargetBlock) {
+    const int64_t first_key = tile.ks + block, width = smaller(kTargetBlock, tile.ke - first_key);
     for (int64_t head = 0; head < a.heads; ++head) {
       copy_rows(q, dk, static_cast<const T*>(a.q) + tile.begin * stride + head * a.dk, stride, rows, a.dk);
       pack_transposed(k, panel_stride<E>(a.dk), static_cast<const T*>(a.k) + first_key * stride + head * a.dk, stride,
                       width, a.dk);
-      product(rows, (width + L - 1) / L, dk, q, dk, k, panel_stride<E>(a.dk), scores, kMlaKeyBlock, Into::replace);
+      product(rows, (width + L - 1) / L, dk, q, dk, k, panel_stride<E>(a.dk), scores, kTargetBlock, Into::replace);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t n = smaller(width, num_keys(r) - block);
         const V shift = splat<V>(-static_cast<const S*>(a.lse)[(tile.begin + r) * a.heads + head] * static_cast<S>(kLog2e));
         S* sums = target + r * a.num_keys + first_key;
         for (int64_t i = 0; i < n; i += L)
-          store_n(sums + i, load_n(sums + i, n - i) + pow2(fma(lanes(scores + r * kMlaKeyBlock + i), scale, shift)), n - i);
+          store_n(sums + i, load_n(sums + i, n - i) + pow2(fma(lanes(scores + r * kTargetBlock + i), scale, shift)), n - i);
       }
     }
   }
@@ -53,8 +55,8 @@ void target_tile(const MlaAttentionArgs& a, const MlaRowTile& tile) {
     const int64_t n = num_keys(r);
     S* row = target + r * a.num_keys + tile.ks;
     S total = 0;
-    for (int64_t block = 0; block < n; block += kMlaKeyBlock) {
-      const int64_t end = smaller(n, block + kMlaKeyBlock);
+    for (int64_t block = 0; block < n; block += kTargetBlock) {
+      const int64_t end = smaller(n, block + kTargetBlock);
       V sums = splat<V>(0);
       for (int64_t i = block; i < end; i += L) sums = sums + load_n(row + i, end - i);
       total += sum(sums);

@@ -22,7 +22,7 @@ def mla_attention(
         k: [Tk, H, Dk], dtype of q.
         v: [Tk, H, Dv], dtype of q.
         ks, ke: int32 [Tq], each query's half-open range of keys, within [0, Tk]; empty where ks >= ke. Causal masks, packed
-            documents and chunked prefill are all such ranges. Keys are processed in blocks of 256 counted from ks.
+            documents and chunked prefill are all such ranges. Keys are processed in blocks counted from ks.
         scale: factor of the scores, finite.
 
     Returns:
