@@ -16,8 +16,8 @@ namespace {
 constexpr int kScratchTasks = 4, kScratchStream = 5, kScratchPacked = 6, kScratchSums = 7;
 constexpr int64_t kTile = 16, kStep = 32;          // lines and k of one tile
 constexpr int64_t kTileElements = kTile * kStep;   // 1 KiB of bf16
-constexpr int64_t kChunkLines = 512;               // of the packed operand: with kBlockK, half of a 1 MB L2
-constexpr int64_t kBlockK = 512;                   // two tiles of lines of it are 32 KiB
+constexpr int64_t kChunkLines = 512;               // of the packed operand: 256 KiB of L2 with kBlockK
+constexpr int64_t kBlockK = 256;                   // two tiles of lines of it are 16 KiB: a third of L1
 constexpr int64_t kWaveBytes = 32 << 20;           // packed at a time
 
 constexpr const char* kPathNames[2][2] = {{"gemm amx 1x1", "gemm amx 1x2"}, {"gemm amx 2x1", "gemm amx 2x2"}};
@@ -52,11 +52,26 @@ int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 GLM5_INLINE void read_along(const Side& side, int64_t line, int64_t k, int64_t k_end, F (&r)[16]) {
   const bf16* p = side.data + line * side.line_stride + k;
   const int64_t lines = side.count - line;
+  if (lines >= 16 && k_end - k >= kStep) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = {_mm512_loadu_ps(reinterpret_cast<const float*>(p + i * side.line_stride))};
+    return;
+  }
   for (int i = 0; i < 16; ++i) r[i] = i < lines ? Pairs::along(p + i * side.line_stride, k_end - k) : splat<F>(0.f);
 }
 
 GLM5_INLINE void read_across(const Side& side, int64_t line, int64_t k, int64_t k_end, F (&r)[16]) {
   const bf16* p = side.data + line + k * side.k_stride;
+  if (side.count - line >= 16 && k_end - k >= kStep) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      const __m256i* even = reinterpret_cast<const __m256i*>(p + 2 * i * side.k_stride);
+      const __m256i* odd = reinterpret_cast<const __m256i*>(p + (2 * i + 1) * side.k_stride);
+      r[i] = {_mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(_mm256_loadu_si256(even)),
+                                                  _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(odd)), 16)))};
+    }
+    return;
+  }
   for (int i = 0; i < 16; ++i)
     r[i] = k + 2 * i < k_end
                ? Pairs::across(p + 2 * i * side.k_stride, side.k_stride, k_end - k - 2 * i, side.count - line)
@@ -75,6 +90,38 @@ void pack_tiles(const Side& side, int64_t line, int64_t k, int64_t k_end, bf16* 
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) _mm512_store_ps(reinterpret_cast<float*>(out + i * kStep), r[i].v);
   }
+}
+
+// The same for 32 lines at once. Where lines are neighbours in memory, one cache line holds all of them: it is read once.
+template <bool kInPairs>
+void pack_tile_pair(const Side& side, int64_t line, int64_t k, int64_t k_end, bf16* out0, bf16* out1) {
+  if (side.k_stride != 1 && side.count - line >= 2 * kTile) {
+    for (; k_end - k >= kStep; k += kStep, out0 += kTileElements, out1 += kTileElements) {
+      const bf16* p = side.data + line + k * side.k_stride;
+      const auto widened = [](const bf16* q) {
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
+      };
+#pragma GCC unroll 4
+      for (int i = 0; i < 16; ++i, p += 2 * side.k_stride) {
+        const bf16* odd = p + side.k_stride;
+        _mm512_store_si512(out0 + i * kStep, _mm512_or_si512(widened(p), _mm512_slli_epi32(widened(odd), 16)));
+        _mm512_store_si512(out1 + i * kStep, _mm512_or_si512(widened(p + 16), _mm512_slli_epi32(widened(odd + 16), 16)));
+      }
+      if constexpr (!kInPairs) {
+        for (int half = 0; half < 2; ++half) {
+          float* tile = reinterpret_cast<float*>(half ? out1 : out0);
+          F r[16];
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) r[i] = load(tile + i * 16);
+          transpose(r);
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) store(tile + i * 16, r[i]);
+        }
+      }
+    }
+  }
+  pack_tiles<kInPairs>(side, line, k, k_end, out0);
+  if (line + kTile < side.count) pack_tiles<kInPairs>(side, line + kTile, k, k_end, out1);
 }
 
 // Where the tiles of one group of 16 streamed lines are.
@@ -147,13 +194,78 @@ Side streamed_of(const Unit& u) { return u.rows_are_packed ? cols_of(*u.g) : row
 int64_t steps_of(const GemmArgs& g) { return ceil_div(g.k, kStep); }
 int64_t packed_tiles(const Unit& u) { return ceil_div(u.packed_last - u.packed_first, kTile); }
 
-void pack_unit_tile(const Unit& u, int64_t tile, bf16* wave) {
-  Side side = packed_of(u);
-  side.count = u.packed_last;
-  pack_tiles<true>(side, u.packed_first + tile * kTile, 0, u.g->k, wave + u.offset + tile * steps_of(*u.g) * kTileElements);
+// How k is cut. Few packed lines: not at all, the sums stay in the tile registers. Else so that two streamed tiles of lines
+// stay in L1 and all packed lines of a block in L2.
+int64_t blocks_of(const Unit& u) {
+  return packed_tiles(u) <= 2 ? 1 : ceil_div(steps_of(*u.g) * kStep, kBlockK + kBlockK / 4);
+}
+int64_t block_steps_of(const Unit& u) {
+  const int64_t blocks = blocks_of(u);
+  return blocks > 0 ? ceil_div(steps_of(*u.g), blocks) : 0;
 }
 
-// A finished 16 x 16 tile of sums, streamed lines down, packed lines across, goes to c.
+// Packed memory is [block][tile][step][16 pairs][16 lines][2]: a block is contiguous, so that its tiles do not meet in a
+// cache set as they would a power of two apart.
+int64_t packed_offset(const Unit& u, int64_t block, int64_t tile) {
+  return u.offset + (block * packed_tiles(u) + tile) * block_steps_of(u) * kTileElements;
+}
+int64_t unit_elements(const Unit& u) { return blocks_of(u) * packed_tiles(u) * block_steps_of(u) * kTileElements; }
+
+void pack_unit_tiles(const Unit& u, int64_t tile, bf16* wave) {
+  Side side = packed_of(u);
+  side.count = u.packed_last;
+  const int64_t steps = block_steps_of(u), block_k = steps * kStep;
+  for (int64_t block = 0; block < blocks_of(u); ++block) {
+    bf16* out = wave + packed_offset(u, block, tile);
+    pack_tile_pair<true>(side, u.packed_first + tile * kTile, block * block_k, at_most(u.g->k, (block + 1) * block_k), out,
+                         out + steps * kTileElements);
+  }
+}
+
+// Rounds as to_bf16 does, but for float32 subnormals, which become 0: tile products flush them as well.
+GLM5_INLINE __m512i narrow_pair(F low, F high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)); }
+
+// A finished 32 x 32 block of sums that overwrites c. `left` and `right` are its columns in two tiles each, of the upper and
+// the lower 16 rows.
+GLM5_INLINE void finish_rows(const GemmArgs& g, int64_t m, int64_t n, F (&left)[16], F (&right)[16]) {
+  if (g.bias) {
+    const bf16* bias = static_cast<const bf16*>(g.bias) + n;
+    const F bias_left = load(bias), bias_right = load(bias + 16);
+    for (int i = 0; i < 16; ++i) left[i] = left[i] + bias_left, right[i] = right[i] + bias_right;
+  }
+  if (g.out_dtype != g.dtype) {
+    float* out = static_cast<float*>(g.c) + m * g.c_row + n;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      store(out + i * g.c_row, left[i]);
+      store(out + i * g.c_row + 16, right[i]);
+    }
+  } else {
+    bf16* out = static_cast<bf16*>(g.c) + m * g.c_row + n;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * g.c_row, narrow_pair(left[i], right[i]));
+  }
+}
+
+void finish_block(const Unit& u, int64_t streamed, int64_t packed, const float* sums) {
+  F left[16], right[16];
+  for (int half = 0; half < 2; ++half) {
+    // Tiles in memory: [streamed half][packed half].
+    const float* a = sums + (u.rows_are_packed ? half * 256 : half * 512);
+    const float* b = a + (u.rows_are_packed ? 512 : 256);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) left[i] = load(a + i * 16), right[i] = load(b + i * 16);
+    if (u.rows_are_packed) {
+      transpose(left);
+      transpose(right);
+      finish_rows(*u.g, packed + half * 16, streamed, left, right);
+    } else {
+      finish_rows(*u.g, streamed + half * 16, packed, left, right);
+    }
+  }
+}
+
+// A finished 16 x 16 tile of sums, streamed lines down, packed lines across, goes to c; any part of it may lie outside.
 void finish_tile(const Unit& u, int64_t streamed, int64_t packed, const float* sums) {
   const GemmArgs& g = *u.g;
   F r[16];
@@ -174,7 +286,7 @@ void finish_tile(const Unit& u, int64_t streamed, int64_t packed, const float* s
     if (g.accumulate) v = load_n(wide_out + i * g.c_row, cols) + v;
     if (g.bias) v = v + bias;
     if (wide) store_n(wide_out + i * g.c_row, v, cols);
-    else store_n(out + i * g.c_row, v, cols);
+    else _mm256_mask_storeu_epi16(out + i * g.c_row, first_n(cols), _mm512_castsi512_si256(narrow_pair(v, v)));
   }
 }
 
@@ -184,10 +296,8 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
   Side side = streamed_of(u);
   side.count = last;
   const int64_t all_steps = steps_of(g), tiles = packed_tiles(u), groups = ceil_div(last - first, kTile);
-  const bf16* packed = wave + u.offset;
-  // Few packed lines: the sums stay in the tile registers over all of k. Else k is cut so that both operands stay near.
-  const int64_t blocks = tiles <= 2 ? 1 : ceil_div(all_steps * kStep, kBlockK + kBlockK / 4);
-  const int64_t block_steps = blocks > 0 ? ceil_div(all_steps, blocks) : 0;
+  const int64_t blocks = blocks_of(u), block_steps = block_steps_of(u);
+  // What is read often goes through L1: in place, lines a power of two apart would meet in few cache sets.
   const bool pack = tiles > 4 || side.k_stride != 1;
   const int64_t groups_kept = blocks > 1 ? groups + groups % 2 : 2, tiles_kept = blocks > 1 ? tiles + tiles % 2 : 2;
   float* sums = static_cast<float*>(thread_scratch(kScratchSums, groups_kept * tiles_kept * 256 * sizeof(float)));
@@ -203,11 +313,12 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
       // As they lie in memory where that is possible: whole tiles, k contiguous, and then the last step of an odd k apart.
       const bool direct = !pack && line + pair * kTile <= last;
       const int64_t direct_steps = direct ? (k1 - k0) / kStep : 0;
+      if (k0 + direct_steps * kStep < k1)
+        pack_tile_pair<false>(side, line, k0 + direct_steps * kStep, k1, stream,
+                              stream + (block_steps + 1) * kTileElements);
       Stream in_place[2], in_scratch[2];
       for (int i = 0; i < 2; ++i) {
         bf16* own = stream + i * (block_steps + 1) * kTileElements;
-        if (i < pair && k0 + direct_steps * kStep < k1)
-          pack_tiles<false>(side, line + i * kTile, k0 + direct_steps * kStep, k1, own);
         in_scratch[i] = {reinterpret_cast<const char*>(own), 64, kTileElements * 2};
         in_place[i] = {reinterpret_cast<const char*>(side.data + (line + i * kTile) * side.line_stride + k0),
                        side.line_stride * 2, kStep * 2};
@@ -215,8 +326,8 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
       GLM5_COUNT_PATH(direct ? "gemm amx streams in place" : "gemm amx streams through scratch");
       for (int64_t tile = 0; tile < tiles; tile += 2) {
         const int64_t two = tiles - tile > 1 ? 2 : 1;
-        const bf16* b0 = packed + (tile * all_steps + s0) * kTileElements;
-        const bf16* b1 = b0 + (two == 2 ? all_steps * kTileElements : 0);
+        const bf16* b0 = wave + packed_offset(u, block, tile);
+        const bf16* b1 = b0 + (two == 2 ? block_steps * kTileElements : 0);
         float* c = sums + (blocks > 1 ? (group * tiles_kept + tile * 2) * 256 : 0);
         float *c00 = c, *c01 = c + 256, *c10 = c + 512, *c11 = c + 768;
         const auto run = [&](const Stream* from, const bf16* p0, const bf16* p1, int64_t steps, bool go_on, int64_t ahead) {
@@ -232,9 +343,14 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
           run(in_scratch, b0 + direct_steps * kTileElements, b1 + direct_steps * kTileElements, rest,
               resume || direct_steps > 0, 0);
         if (!finish) continue;
+        const int64_t packed_line = u.packed_first + tile * kTile;
+        if (pair == 2 && two == 2 && !g.accumulate && line + 2 * kTile <= last && packed_line + 2 * kTile <= u.packed_last) {
+          finish_block(u, line, packed_line, c);
+          continue;
+        }
         for (int64_t i = 0; i < pair; ++i)
           for (int64_t j = 0; j < two; ++j)
-            finish_tile(u, line + i * kTile, u.packed_first + (tile + j) * kTile, c + (2 * i + j) * 256);
+            finish_tile(u, line + i * kTile, packed_line + j * kTile, c + (2 * i + j) * 256);
       }
     }
   }
@@ -255,8 +371,6 @@ int64_t add_units(const GemmArgs& g, Unit* units) {
   return made;
 }
 
-int64_t unit_elements(const Unit& u) { return packed_tiles(u) * steps_of(*u.g) * kTileElements; }
-
 }  // namespace
 
 void gemm_bf16(const GemmArgs* products, int64_t count) {
@@ -275,7 +389,7 @@ void gemm_bf16(const GemmArgs* products, int64_t count) {
       units[end].offset = elements;
       units[end].first_pack_task = pack_tasks;
       elements += more;
-      pack_tasks += packed_tiles(units[end]);
+      pack_tasks += ceil_div(packed_tiles(units[end]), 2);
       lines += streamed_of(units[end]).count;
     }
     bf16* wave = static_cast<bf16*>(thread_scratch(kScratchPacked, elements * sizeof(bf16)));
@@ -290,7 +404,7 @@ void gemm_bf16(const GemmArgs* products, int64_t count) {
     };
     parallel_tasks(pack_tasks, [&](int64_t task) {
       const Unit& u = unit_at(task, &Unit::first_pack_task);
-      pack_unit_tile(u, task - u.first_pack_task, wave);
+      pack_unit_tiles(u, 2 * (task - u.first_pack_task), wave);
     });
 
     // Stripes of up to 128 lines, shorter ones where there would be too few to share out.
@@ -322,7 +436,7 @@ void gemm_bf16_serial(const GemmArgs& product) {
   for (int64_t i = 0; i < made; ++i) {
     Unit& u = units[i];
     bf16* wave = static_cast<bf16*>(thread_scratch(kScratchPacked, unit_elements(u) * sizeof(bf16)));
-    for (int64_t tile = 0; tile < packed_tiles(u); ++tile) pack_unit_tile(u, tile, wave);
+    for (int64_t tile = 0; tile < packed_tiles(u); tile += 2) pack_unit_tiles(u, tile, wave);
     for (int64_t first = 0; first < streamed_of(u).count; first += 128)
       run_stripe(u, first, at_most(streamed_of(u).count, first + 128), wave);
   }

@@ -119,8 +119,8 @@ GLM5_INLINE S load_step(const char* p) {
 
 // out[row][panel][lane] = sum over steps, from zero. a: rows a_row bytes apart; b: panels panel_size slots apart.
 template <class K, int kRows, int kPanels>
-__attribute__((noinline)) void multiply(int64_t steps, const char* a, int64_t a_row, const typename K::S* b, int64_t panel_size,
-              typename K::S* out) {
+__attribute__((noinline)) void multiply(int64_t steps, const char* a, int64_t a_row, const typename K::S* b,
+                                        int64_t panel_size, typename K::S* out) {
   using V = typename K::V;
   using S = typename K::S;
   constexpr int L = V::kLanes;
