@@ -295,15 +295,12 @@ struct PairBackward : Shape {
     for (int64_t slot = 0; slot < queries_here; ++slot) {
       const int32_t* start = starts + slot * (ranges + 1) + r;
       const int32_t* list = keys + slot * a.topk;
-      for (int64_t j = start[0]; j < start[1];) {
-        // A call must not hold a key twice, or one update would be lost: a list that stops ascending ends it.
-        int64_t m = 0;
-        for (; m < kRows && j + m < start[1] && (m == 0 || list[j + m] > list[j + m - 1]); ++m)
-          c[m] = static_cast<float*>(a.dkv_acc) + list[j + m] * dim32;
+      for (int64_t j = start[0]; j < start[1]; j += kRows) {
+        const int64_t m = start[1] - j < kRows ? start[1] - j : kRows;
+        for (int64_t i = 0; i < m; ++i) c[i] = static_cast<float*>(a.dkv_acc) + list[j + i] * dim32;
         const int64_t at = (slot * topk32 + j) * depth;
         scatter(ds + at, p + at, depth, a.heads, m, q + slot * depth / 2 * dim32, dim32, dout + slot * depth / 2 * value32,
                 value32, c, spare);
-        j += m;
       }
     }
   }

@@ -360,17 +360,13 @@ struct Backward {
       const S* q = kWiden ? q_wide + slot * a.heads * a.dim : static_cast<const S*>(a.q) + (t0 + slot) * a.heads * a.dim;
       const S* dout = kWiden ? dout_wide + slot * a.heads * a.value_dim
                              : static_cast<const S*>(a.dout) + (t0 + slot) * a.heads * a.value_dim;
-      for (int64_t j = start[0]; j < start[1];) {
-        // A tile must not hold a key twice, or one update would be lost: a list that is not strictly ascending ends it.
-        int64_t m = 0;
-        int32_t last = -1;
-        for (; m < kBlock && j < start[1]; ++m, ++j) {
-          const int64_t at = slot * a.topk + sorted[j];
-          if (keys[at] <= last) break;
-          last = keys[at];
-          p_of[m] = p + at * lanes;
-          ds_of[m] = ds + at * lanes;
-          c_of[m] = dkv + last * a.dim;
+      for (int64_t j = start[0]; j < start[1]; j += kBlock) {
+        const int64_t m = start[1] - j < kBlock ? start[1] - j : kBlock;
+        for (int64_t i = 0; i < m; ++i) {
+          const int64_t at = slot * a.topk + sorted[j + i];
+          p_of[i] = p + at * lanes;
+          ds_of[i] = ds + at * lanes;
+          c_of[i] = dkv + keys[at] * a.dim;
         }
         multiply<V, false>({ds_of, 1, nullptr, q, a.dim, c_of, Into::add, nullptr}, m, a.dim, a.heads);
         multiply<V, false>({p_of, 1, nullptr, dout, a.value_dim, c_of, Into::add, nullptr}, m, a.value_dim, a.heads);

@@ -351,7 +351,7 @@ void scatter_rows(const uint16_t* ds, const uint16_t* p, int64_t depth, int64_t 
 }
 
 // c[i] [dim32] += ds[i] . q + p[i] . dout for n keys: ds and p bf16 [n][depth] along the heads; q and dout words
-// [depth / 2][dim32 | value32] with pairs along the heads. The rows c[i] are distinct. depth is a multiple of 32, or a
+// [depth / 2][dim32 | value32] with pairs along the heads. A row may come twice. depth is a multiple of 32, or a
 // smaller even number that the TileSession was opened with half of. `spare` is workspace of the tile form.
 inline void scatter(const uint16_t* ds, const uint16_t* p, int64_t depth, int64_t heads, int64_t n, const uint32_t* q,
                     int64_t dim32, const uint32_t* dout, int64_t value32, float* const* c, float* spare) {

@@ -1,5 +1,6 @@
 // Register-tiled products C (+)= A B for the plain kernels: A is broadcast, B's rows lie along the lanes. Each element
-// of C is one chain of fma over the depth, so that no tile shape, tail or neighbour changes its bits.
+// of C is one chain of fma over the depth, so that no tile shape, tail or neighbour changes its bits. C is visited row
+// after row once a product is known, so that a row may stand in `c` twice.
 #pragma once
 
 #include "common/parallel.h"

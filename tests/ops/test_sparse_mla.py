@@ -151,6 +151,22 @@ class TestEdges:
         assert not complaints(SPARSE_MLA, ops.sparse_mla, arguments, dtype)
         assert not complaints(TARGET, ops.sparse_mla_attn_target, target_arguments(arguments), dtype)
 
+    def test_holes_in_a_long_list(self, isa, dtype):
+        arguments = example(queries=4, keys=900, dtype=dtype, topk=700)
+        holes = torch.rand(4, 700, generator=torch.Generator().manual_seed(2)) < torch.tensor([0.1, 0.5, 0.9, 0.0])[:, None]
+        arguments["indices"][holes] = -1
+        arguments["indices"][1, 128:300] = -1  # a block with no key at all
+        assert not complaints(SPARSE_MLA, ops.sparse_mla, arguments, dtype)
+        assert not complaints(TARGET, ops.sparse_mla_attn_target, target_arguments(arguments), dtype)
+
+    @pytest.mark.parametrize("rise", [0.2, 60.0, -60.0])
+    def test_a_maximum_that_keeps_rising_from_block_to_block(self, isa, dtype, rise):
+        arguments = example(queries=2, keys=2048, dtype=dtype, topk=2048)
+        arguments["q"][:, :, 63], arguments["kv"][:, 63] = 8, torch.linspace(0, rise, 2048)
+        arguments["kv"][:, 0] = torch.linspace(-3, 3, 2048)  # a value that tells which blocks weighed too much
+        arguments["q"][:, :, :63] *= 0.01
+        assert not complaints(SPARSE_MLA, ops.sparse_mla, arguments, dtype)
+
     def test_nan_poisons_exactly_the_rows_that_see_it(self, isa, dtype):
         arguments = example(keys=300, dtype=dtype, topk=70)
         clean = ops.sparse_mla(**arguments)
