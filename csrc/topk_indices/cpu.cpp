@@ -136,13 +136,28 @@ int64_t to_keys(const T* values, int64_t n, K* keys, K* low, K* high) {
 // Moves both ends of an interval that holds a key inwards to the nearest key.
 template <class K>
 void tighten(const K* keys, int64_t n, K* low, K* high) {
-  K bottom = *high, top = *low;
+  const K first = *low, last = *high;
+  K bottom = last, top = first;
   for (int64_t i = 0; i < n; ++i) {
-    bottom = keys[i] >= *low && keys[i] < bottom ? keys[i] : bottom;
-    top = keys[i] <= *high && keys[i] > top ? keys[i] : top;
+    const K up = keys[i] >= first ? keys[i] : last, down = keys[i] <= last ? keys[i] : first;
+    bottom = up < bottom ? up : bottom;
+    top = down > top ? down : top;
   }
   *low = bottom;
   *high = top;
+}
+
+// Packs the keys in [low, high], which may lie in place, fills up to a multiple of kPad, and returns that.
+template <class K>
+int64_t pack_between(const K* keys, int64_t n, K low, K high, K* packed) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const K key = keys[i];
+    packed[count] = key;
+    count += key >= low && key <= high;
+  }
+  for (; count % kPad; ++count) packed[count] = kNoKey<K>;
+  return count;
 }
 
 #if GLM5_ISA_LEVEL == 2
@@ -189,6 +204,19 @@ int64_t to_keys(const float* values, int64_t n, int32_t* keys, int32_t* low, int
   *low = _mm512_reduce_min_epi32(bottom);
   *high = _mm512_reduce_max_epi32(top);
   return padded;
+}
+
+int64_t pack_between(const int32_t* keys, int64_t n, int32_t low, int32_t high, int32_t* packed) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512i key = _mm512_load_si512(keys + i);
+    const __mmask16 m = _mm512_mask_cmple_epi32_mask(_mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(low)), key,
+                                                     _mm512_set1_epi32(high));
+    _mm512_storeu_si512(packed + count, _mm512_maskz_compress_epi32(m, key));
+    count += ones(m);
+  }
+  for (; count % kPad; ++count) packed[count] = INT32_MIN;
+  return count;
 }
 
 int64_t count_at_least(const int32_t* keys, int64_t n, int32_t bound) {
@@ -301,11 +329,14 @@ int64_t pack_candidates(const float* row, int64_t n, float threshold, float* val
 // keys. n is a multiple of kPad; `valid` >= k >= 1 of the keys are valid and lie in [low, high].
 //
 // A probe is placed where a straight line between the counts at both ends puts the k-th key; if that did not halve the
-// interval the next one is its middle. Now and then the ends move to keys that exist, which ends the search among ties.
+// interval the next one is its middle. As the interval closes, the keys inside it move to `spare` (room for n / 4 + kPad) and
+// probes count those alone. Now and then the ends move to keys that exist, which ends the search among ties.
 template <class K>
-K kth_largest(const K* keys, int64_t n, int64_t valid, int64_t k, int64_t slack, K low, K high, int64_t* above) {
+K kth_largest(const K* keys, int64_t n, int64_t valid, int64_t k, int64_t slack, K low, K high, K* spare,
+              int64_t* above) {
   using U = std::conditional_t<sizeof(K) == 8, uint64_t, uint32_t>;
   int64_t at_low = valid, over_high = 0;  // how many are >= low, > high
+  int64_t left_out = 0;                   // how many above the interval are no longer among `keys`
   bool line = true;
   for (int probe = 1; low < high; ++probe) {
     const U gap = static_cast<U>(high) - static_cast<U>(low);
@@ -316,7 +347,7 @@ K kth_largest(const K* keys, int64_t n, int64_t valid, int64_t k, int64_t slack,
       step = place < 1 ? 1 : place < static_cast<double>(gap) ? static_cast<U>(place) : gap;
     }
     const K middle = static_cast<K>(static_cast<U>(low) + step);  // low < middle <= high
-    const int64_t count = count_at_least(keys, n, middle);
+    const int64_t count = left_out + count_at_least(keys, n, middle);
     if (count >= k && count <= k + slack) {
       *above = k;
       return middle;
@@ -324,6 +355,11 @@ K kth_largest(const K* keys, int64_t n, int64_t valid, int64_t k, int64_t slack,
     if (count > k) low = middle, at_low = count;
     else high = middle - 1, over_high = count;
     line = !line || static_cast<U>(high) - static_cast<U>(low) <= gap / 2;
+    if (at_low - over_high <= n / 4) {
+      n = pack_between(keys, n, low, high, spare);
+      keys = spare;
+      left_out = over_high;
+    }
     if (probe % 8 == 0) tighten(keys, n, &low, &high);
   }
   *above = over_high;
@@ -338,7 +374,7 @@ constexpr int64_t kSampleFrom = 4096;  // shorter rows are candidates whole
 float sampled_threshold(const float* row, int64_t n, int64_t k, bool* shared) {
   constexpr int64_t kSample = kSampleRun * kSampleRuns;
   alignas(64) float values[kSample];
-  alignas(64) int32_t keys[kSample];
+  alignas(64) int32_t keys[kSample], spare[kSample / 4 + 2 * kPad];
   *shared = false;
   const double expected = static_cast<double>(k) * kSample / static_cast<double>(n);
   const int64_t rank = static_cast<int64_t>(expected + 3.5 * __builtin_sqrt(expected)) + 4;
@@ -349,7 +385,7 @@ float sampled_threshold(const float* row, int64_t n, int64_t k, bool* shared) {
   const int64_t valid = count_at_least(keys, kSample, order_of(Order<float>::kLowest));
   if (rank > valid) return Order<float>::kLowest;
   int64_t above;
-  const int32_t bound = kth_largest(keys, kSample, valid, rank, rank / 16, low, high, &above);
+  const int32_t bound = kth_largest(keys, kSample, valid, rank, rank / 16, low, high, spare, &above);
   if (above < rank) {
     const int64_t reached = count_at_least(keys, kSample, bound);
     *shared = reached - above > kSample / 16;
@@ -377,7 +413,7 @@ void select(const T* row, int64_t n, int64_t k, int64_t base, int32_t* out) {
         if (above >= k) threshold = value_of(order_of(threshold) + 1);  // candidates lie above the shared value
       }
     }
-    T* values = static_cast<T*>(thread_scratch(6, sizeof(T) * (n + kPad)));
+    T* values = static_cast<T*>(thread_scratch(6, sizeof(T) * (n + n / 4 + 4 * kPad)));
     K* keys = reinterpret_cast<K*>(values);
     int32_t* positions = static_cast<int32_t*>(thread_scratch(7, sizeof(int32_t) * (n + kPad)));
     int64_t candidates = pack_candidates(row, n, threshold, values, positions);
@@ -395,7 +431,7 @@ void select(const T* row, int64_t n, int64_t k, int64_t base, int32_t* out) {
       K low, high;
       const int64_t padded = to_keys(values, candidates, keys, &low, &high);
       int64_t above;
-      const K bound = kth_largest(keys, padded, candidates, k, 0, low, high, &above);
+      const K bound = kth_largest(keys, padded, candidates, k, 0, low, high, keys + padded, &above);
       // With exactly k at or above the bound every tie is taken.
       count = emit_candidates(keys, positions, padded, bound, above == k ? k : k - above, base, out);
     }
