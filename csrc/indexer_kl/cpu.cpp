@@ -264,7 +264,7 @@ void selected_forward(const LightningIndexerKlArgs& a, int64_t t) {
   const int32_t* indices = a.indices + t * a.topk;
   const int64_t selected = count_selected(indices, a.topk);
   S* mass = static_cast<S*>(a.mass) + t * a.topk;
-  std::memset(mass, 0, sizeof(S) * a.topk);
+  if (a.topk > 0) std::memset(mass, 0, sizeof(S) * a.topk);
   RowStats stats;
   for (int64_t begin = 0; begin < selected; begin += kKeyBlock) {
     block.n = smaller(kKeyBlock, selected - begin);
@@ -336,7 +336,7 @@ void backward(const LightningIndexerKlArgs& a) {
   S* parts = static_cast<S*>(a.dk_parts);
   parallel_tasks(a.num_parts, [&](int64_t part) {
     S* dk = parts + part * size;
-    std::memset(dk, 0, sizeof(S) * size);
+    if (size > 0) std::memset(dk, 0, sizeof(S) * size);
     for (int64_t i = part; i < a.num_tiles; i += a.num_parts) {
       const KlTile& tile = a.tiles[i];
       if (!a.indices) dense_backward<T>(a, tile, dk);

@@ -55,7 +55,7 @@ void backward(const IndexerKlLossArgs& a) {
   over_rows<S>(a, [&](int64_t row, int64_t n, const RowStats& stats, const S* logits, const S* target,
                       const int64_t* columns) {
     S* out = static_cast<S*>(a.dlogits) + row * a.columns;
-    std::memset(out, 0, sizeof(S) * a.columns);
+    if (a.columns > 0) std::memset(out, 0, sizeof(S) * a.columns);
     const RowGradient<S> gradient(static_cast<double>(static_cast<const S*>(a.dkl)[row]), stats.lse(), stats.mass, false);
     S lanes[L];
     for (int64_t i = 0; i < n; i += L) {

@@ -53,7 +53,7 @@ void combine_backward(const MoeCombineArgs& a) {
   constexpr int64_t kBlock = 128 * V::kLanes;
   int64_t used = 0;
   for (int64_t i = 0; i < a.tokens * a.topk; ++i) used += a.slot_of_row[i] >= 0;
-  if (used < a.slots) std::memset(a.dy, 0, sizeof(T) * a.slots * a.dim);
+  if (used < a.slots && a.dim > 0) std::memset(a.dy, 0, sizeof(T) * a.slots * a.dim);
   parallel_tasks((a.tokens + kTokenBlock - 1) / kTokenBlock, [&](int64_t task) {
     const int64_t end = (task + 1) * kTokenBlock < a.tokens ? (task + 1) * kTokenBlock : a.tokens;
     for (int64_t t = task * kTokenBlock; t < end; ++t) {
@@ -100,7 +100,8 @@ void moe_permute(const MoePermuteArgs& a) {
     start += count;
   }
   for (int64_t i = start; i < slots; ++i) a.row_of_slot[i] = -1;
-  std::memset(static_cast<char*>(a.xp) + start * a.row_bytes, 0, (slots - start) * a.row_bytes);
+  if (start < slots && a.row_bytes > 0)
+    std::memset(static_cast<char*>(a.xp) + start * a.row_bytes, 0, (slots - start) * a.row_bytes);
   for (int64_t i = 0; i < slots; ++i) {
     if (a.ids[i] < 0) {
       a.slot_of_row[i] = -1;
@@ -115,7 +116,7 @@ void moe_permute(const MoePermuteArgs& a) {
     for (int64_t t = task * kTokenBlock; t < end; ++t)
       for (int64_t j = 0; j < a.topk; ++j) {
         const int64_t slot = a.slot_of_row[t * a.topk + j];
-        if (slot >= 0)
+        if (slot >= 0 && a.row_bytes > 0)
           std::memcpy(static_cast<char*>(a.xp) + slot * a.row_bytes, static_cast<const char*>(a.x) + t * a.row_bytes,
                       a.row_bytes);
       }

@@ -13,7 +13,7 @@ constexpr int64_t kTokenBlock = 16;
 // on every set.
 constexpr int kDoubles = GLM5_ISA_LEVEL == 2 ? 8 : GLM5_ISA_LEVEL == 1 ? 4 : 2;
 typedef double Doubles __attribute__((vector_size(8 * kDoubles)));
-typedef int64_t Longs __attribute__((vector_size(8 * kDoubles)));
+typedef uint64_t Bits __attribute__((vector_size(8 * kDoubles)));
 
 // 1 / (1 + e^-x), within 2 ulp.
 GLM5_INLINE Doubles sigmoid(Doubles x) {
@@ -37,7 +37,7 @@ GLM5_INLINE Doubles sigmoid(Doubles x) {
   p = p * r + 0.5;
   p = p * r + 1.0;
   p = p * r + 1.0;
-  Longs bits;
+  Bits bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
   bits = (bits + 1023) << 52;
   Doubles power;

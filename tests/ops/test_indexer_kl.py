@@ -203,6 +203,19 @@ def test_the_attention_is_a_constant():
 
 
 @STAGES
+def test_autocast_casts_the_products_and_leaves_weights_and_lse(topk):
+    a = case(topk=topk)
+    products = ("q", "k", "attn_q", "attn_k")
+    want = ops.lightning_indexer_kl(**{**a, **{name: a[name].bfloat16() for name in products}})
+    leaves = [a[name].clone().requires_grad_() for name in KL.differentiable]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ops.lightning_indexer_kl(**{**a, **dict(zip(KL.differentiable, leaves, strict=True))})
+    assert properties.same_bits(got, want)
+    for grad, leaf in zip(torch.autograd.grad(got.sum(), leaves), leaves, strict=True):
+        assert grad.dtype == torch.float32 and grad.shape == leaf.shape and grad.abs().sum() > 0
+
+
+@STAGES
 def test_gradcheck(topk):
     a = case(queries=5, keys=9, topk=None if topk is None else 4, dtype=torch.float64, heads=2, dim=3, attn_dim=4)
     leaves = [a[name].clone().requires_grad_() for name in KL.differentiable]

@@ -209,6 +209,20 @@ def test_movers_opcheck_compile_export():
     properties.assert_exports(UNPERMUTE, first, dynamic)
 
 
+def test_nothing_to_move(isa):
+    """No tokens, no choices, no columns."""
+    for tokens, topk, dim in ((0, 2, 5), (3, 0, 5), (3, 2, 0)):
+        x, ids = torch.randn(tokens, dim, requires_grad=True), torch.full((tokens, topk), -1, dtype=torch.int32)
+        xp, rows, slots, ends = ops.moe_permute(x, ids, 4)
+        weights = torch.rand(tokens, topk, requires_grad=True)
+        y = ops.moe_unpermute(xp, slots, weights)
+        assert xp.shape == (tokens * topk, dim) and y.shape == (tokens, dim) and not y.any() and not ends.any()
+        dx, dweights = torch.autograd.grad(y.sum(), (x, weights))
+        assert not dx.any() and not dweights.any()
+    weights, ids = ops.moe_router(torch.randn(0, 8), torch.zeros(8), 2)
+    assert weights.shape == ids.shape == (0, 2)
+
+
 IDS = torch.tensor([[0, 1], [1, 2]], dtype=torch.int32)
 
 

@@ -43,7 +43,7 @@ def lightning_indexer_kl(
     Returns:
         [Tq] float32 (float64 for float64); 0 for a query without keys. Sums are anchored at ks, or at position 0 of the
         index list: a query's loss depends on itself and its keys alone. Differentiable in q, k and weights; the attention
-        is a constant.
+        is a constant. Under CPU autocast q, k, attn_q and attn_k are cast to its dtype.
 
     Raises:
         TypeError: an argument is not a tensor.
@@ -88,6 +88,20 @@ def _kl_backward(ctx, dkl, _dstats, _dmass):
 
 
 torch.library.register_autograd("glm5::lightning_indexer_kl", _kl_backward, setup_context=_kl_setup_context)
+
+# Autocast casts the operands of the matrix products. weights and lse stay float32, so register_autocast, which casts every
+# tensor, does not fit.
+_library = torch.library.Library("glm5", "FRAGMENT")
+
+
+def _kl_autocast(q, k, weights, ks, ke, attn_q, attn_k, attn_lse, scale, indices=None):
+    dtype = torch.get_autocast_dtype("cpu")
+    q, k, attn_q, attn_k = (t.to(dtype) if t.dtype == torch.float32 else t for t in (q, k, attn_q, attn_k))
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+        return torch.ops.glm5.lightning_indexer_kl(q, k, weights, ks, ke, attn_q, attn_k, attn_lse, scale, indices)
+
+
+_library.impl("lightning_indexer_kl", _kl_autocast, "AutocastCPU")
 
 
 def indexer_kl_loss(logits: torch.Tensor, target: torch.Tensor, indices: torch.Tensor | None = None) -> torch.Tensor:
