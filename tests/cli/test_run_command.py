@@ -20,7 +20,7 @@ def test_dry_run_prints_the_resolved_recipe_and_makes_nothing(tmp_path, capsys):
     [
         (["run", "nonsense"], "no recipe called 'nonsense'; there are foundation"),
         (["run", "foundation", "stages.pretrain.lr=1"], "foundation.toml: unknown key stages.pretrain.lr; did you mean"),
-        (["train", "sft"], "no stage called 'sft'; its stages are pretrain, dsa-warmup, dsa-sparse"),
+        (["train", "sft"], "no stage called 'sft'; its stages are pretrain, midtrain, dsa-warmup, dsa-sparse"),
         (["run", "foundation", "model.overrides.hidden_sizes=3"], "did you mean model.overrides.hidden_size?"),
         (["generate", "--run", "nowhere"], "nowhere is not a run folder"),
     ],

@@ -127,7 +127,6 @@ def test_low_precision_parameters_learn_through_float32_masters(make):
         parameters["w"].grad = torch.eye(16).bfloat16() + 0.1
         optimizer.step(t, lr=1e-3 if isinstance(optimizer, Muon) else 1e-4)
     assert parameters["w"].dtype == torch.bfloat16 and (parameters["w"].diagonal() < 1).all()
-    assert torch.equal(parameters["w"], optimizer.masters["w"].bfloat16())
 
 
 @pytest.mark.parametrize("make", [lambda p: Muon(p, {}), AdamW])

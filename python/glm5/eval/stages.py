@@ -31,7 +31,11 @@ class Evaluator:
         """Measures what the stage called `name` is about, unless that was done before."""
         if name in self.results["done"]:
             return
-        stage = self.run.recipe.stages[name]
+        stages = self.run.recipe.stages
+        stage, names = stages[name], list(stages)
+        following = names[names.index(name) + 1 :]
+        if stage.kind == "pretrain" and following and stages[following[0]].kind == "pretrain":
+            return  # one long pre-training in two lengths is measured at its end
         measure = {"pretrain": self._after_pretrain, "dsa-warmup": self._after_warmup, "dsa-sparse": self._after_sparse}
         self.results |= measure[stage.kind](stage)
         self.results["about"] = {

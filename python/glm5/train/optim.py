@@ -10,6 +10,7 @@ Which parameter belongs to which optimizer is decided in ``parameters.py``, lear
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -42,74 +43,34 @@ def newton_schulz(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.mT if tall else x
 
 
-class _Optimizer:
-    """Named parameters, their float32 masters, and named state tensors. A float32 parameter is its own master."""
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019), decay on tensors of two or more dimensions only.
 
-    slots: tuple[str, ...]  # names of the state tensors a parameter has
+    Args:
+        parameters: by name.
+        weight_decay: times the learning rate, taken off each update.
+        betas, eps: as in the paper.
+    """
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], weight_decay: float):
+    def __init__(
+        self, parameters: dict[str, torch.nn.Parameter], weight_decay: float = 0.1, betas=(0.9, 0.95), eps: float = 1e-10
+    ):
         self.parameters, self.weight_decay = parameters, weight_decay
-        self.masters = {name: p.data if p.dtype == torch.float32 else p.data.float() for name, p in parameters.items()}
-        self.state = {slot: {name: torch.zeros_like(m) for name, m in self.masters.items()} for slot in self.slots}
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """``slot/name -> tensor``: state, and the masters of parameters that are not float32 themselves."""
-        tensors = {f"{slot}/{name}": t for slot, named in self.state.items() for name, t in named.items()}
-        separate = {n: m for n, m in self.masters.items() if m.dtype != self.parameters[n].dtype}
-        return tensors | {f"master/{name}": m for name, m in separate.items()}
-
-    @torch.no_grad()
-    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Copies what ``state_dict`` returned.
-
-        Raises:
-            ValueError: a tensor is missing or left over.
-        """
-        mine = self.state_dict()
-        if mine.keys() != tensors.keys():
-            raise ValueError(
-                f"{type(self).__name__}: the state does not fit, differing names: {sorted(mine.keys() ^ tensors.keys())[:4]}"
-            )
-        for name, tensor in mine.items():
-            tensor.copy_(tensors[name])
-
-    def zero_grad(self) -> None:
-        for p in self.parameters.values():
-            p.grad = None
-
-    def _gradients(self) -> dict[str, torch.Tensor]:
-        """Gradients in float32; a parameter that nothing used this step (an idle expert stack) counts as zero."""
-        return {
-            name: torch.zeros_like(self.masters[name]) if p.grad is None else p.grad.float()
-            for name, p in self.parameters.items()
-        }
-
-    def _publish(self) -> None:
-        """Rounds masters into parameters of another dtype."""
-        for name, p in self.parameters.items():
-            if p.dtype != torch.float32:
-                p.data.copy_(self.masters[name])
-
-
-class AdamW(_Optimizer):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019), decay on tensors of two or more dimensions only."""
-
-    slots = ("mean", "square")
-
-    def __init__(self, parameters, weight_decay: float = 0.1, betas=(0.9, 0.95), eps: float = 1e-10):
-        super().__init__(parameters, weight_decay)
         self.betas, self.eps = betas, eps
+        # a float32 parameter is its own master
+        self.masters = {n: p.data if p.dtype == torch.float32 else p.data.float() for n, p in parameters.items()}
+        self.mean = {n: torch.zeros_like(m) for n, m in self.masters.items()}
+        self.square = {n: torch.zeros_like(m) for n, m in self.masters.items()}
         self._decayed = [m for m in self.masters.values() if m.dim() >= 2]
 
     @torch.no_grad()
     def step(self, step: int, lr: float) -> None:
-        """Update number `step`, counted from 0."""
-        if not self.parameters:
-            return
+        """Update number `step`, counted from 0. A parameter without a gradient counts as having a zero one."""
         beta1, beta2 = self.betas
-        gradients = list(self._gradients().values())
-        masters = list(self.masters.values())
-        means, squares = list(self.state["mean"].values()), list(self.state["square"].values())
+        gradients = [
+            torch.zeros_like(self.masters[n]) if p.grad is None else p.grad.float() for n, p in self.parameters.items()
+        ]
+        masters, means, squares = (list(d.values()) for d in (self.masters, self.mean, self.square))
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
@@ -119,57 +80,132 @@ class AdamW(_Optimizer):
         if self._decayed:
             torch._foreach_mul_(self._decayed, 1 - lr * self.weight_decay)
         torch._foreach_addcdiv_(masters, means, denominators, -lr / (1 - beta1 ** (step + 1)))
-        self._publish()
+        for name, p in self.parameters.items():
+            if p.dtype != torch.float32:
+                p.data.copy_(self.masters[name])
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Moments, and the masters of parameters that are not float32 themselves: ``kind/name -> tensor``."""
+        separate = {n: m for n, m in self.masters.items() if self.parameters[n].dtype != torch.float32}
+        kinds = {"mean": self.mean, "square": self.square, "master": separate}
+        return {f"{kind}/{name}": t for kind, named in kinds.items() for name, t in named.items()}
+
+    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copies what ``state_dict`` returned. The parameters themselves must have been restored before.
+
+        Raises:
+            ValueError: a tensor is missing or left over.
+        """
+        _copy_all(self, tensors)
+
+    def zero_grad(self) -> None:
+        for p in self.parameters.values():
+            p.grad = None
 
 
-class Muon(_Optimizer):
+@dataclass
+class _Stack:
+    """All matrices of one shape. Everything Muon does to them it does in a few passes over these tensors."""
+
+    members: list[tuple[str, int, int]]  # (name of the parameter, which stack of its split, how many matrices)
+    master: torch.Tensor  # [count, rows, columns] float32
+    momentum: torch.Tensor  # [count, rows, columns] float32
+
+    def parts(self, tensor: torch.Tensor):
+        """`tensor` [count, ...] cut into the members' shares: (name, which stack, share)."""
+        shares = tensor.split([count for *_, count in self.members])
+        return [(name, i, share) for (name, i, _), share in zip(self.members, shares, strict=True)]
+
+
+class Muon:
     """Momentum, Nesterov, Newton-Schulz, and an update whose RMS is ``0.2 lr`` for every matrix shape.
 
     The last is Moonshot's rule (arXiv 2502.16982, eq. 4): ``0.2 sqrt(max(rows, columns))`` times the orthogonal matrix,
     so that AdamW's learning rates carry over.
 
     Args:
-        parameters: two or more dimensions each.
+        parameters: by name, two or more dimensions each.
         splits: per name, how the parameter falls into matrices; a name without one is a single matrix.
+        weight_decay: times the learning rate, taken off each update.
+        momentum: of the gradients' running mean.
+
+    Raises:
+        ValueError: a split gives something else than [count, rows, columns].
     """
 
-    slots = ("momentum",)
-
-    def __init__(self, parameters, splits: dict[str, Split], weight_decay: float = 0.1, momentum: float = 0.95):
-        super().__init__(parameters, weight_decay)
-        self.momentum = momentum
+    def __init__(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        splits: dict[str, Split],
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+    ):
+        self.parameters, self.weight_decay, self.momentum = parameters, weight_decay, momentum
         self._splits = {name: splits.get(name, lambda t: [t.unsqueeze(0)]) for name in parameters}
         # Muon is made for bfloat16 (Jordan 2024); where the CPU has no such product, float32 is the faster one.
         self._dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-        # shape of the matrices -> where they are: (name, which stack of its split, how many)
-        self._groups: dict[tuple[int, int], list[tuple[str, int, int]]] = {}
-        for name, master in self.masters.items():
-            for i, stack in enumerate(self._splits[name](master)):
+        members: dict[tuple[int, int], list[tuple[str, int, int]]] = {}
+        for name, p in parameters.items():
+            for i, stack in enumerate(self._splits[name](p.data)):
                 if stack.dim() != 3:
                     raise ValueError(f"Muon: the split of {name} gives {tuple(stack.shape)}, want [count, rows, columns]")
-                self._groups.setdefault(tuple(stack.shape[1:]), []).append((name, i, stack.shape[0]))
+                members.setdefault(tuple(stack.shape[1:]), []).append((name, i, stack.shape[0]))
+        self._stacks = {}
+        for shape, those in members.items():
+            master = torch.empty(sum(count for *_, count in those), *shape)
+            self._stacks[shape] = _Stack(those, master, torch.zeros_like(master))
+        self._read_masters()
 
     @torch.no_grad()
     def step(self, step: int, lr: float) -> None:
         """One update; `step` is not used, since nothing here depends on how many went before."""
-        if not self.parameters:
-            return
-        gradients = self._gradients()
-        buffers = self.state["momentum"]
-        # buffer = mu buffer + (1 - mu) g, and the Nesterov look-ahead (1 - mu) g + mu buffer; the overall scale is
-        # irrelevant, since Newton-Schulz normalises.
-        torch._foreach_lerp_(list(buffers.values()), list(gradients.values()), 1 - self.momentum)
-        ahead = torch._foreach_lerp(list(gradients.values()), list(buffers.values()), self.momentum)
-        pieces = {name: self._splits[name](t) for name, t in zip(gradients, ahead, strict=True)}
-        targets = {name: self._splits[name](m) for name, m in self.masters.items()}
+        gradients = {n: self._splits[n](p.grad) for n, p in self.parameters.items() if p.grad is not None}
+        parameters = {n: self._splits[n](p.data) for n, p in self.parameters.items()}
+        for (rows, columns), stack in self._stacks.items():
+            gradient = torch.empty_like(stack.master)
+            for name, i, share in stack.parts(gradient):
+                share.copy_(gradients[name][i]) if name in gradients else share.zero_()
+            stack.momentum.lerp_(gradient, 1 - self.momentum)
+            ahead = gradient.lerp_(stack.momentum, self.momentum)  # Nesterov
+            update = newton_schulz(ahead.to(self._dtype))
 
-        torch._foreach_mul_(list(self.masters.values()), 1 - lr * self.weight_decay)
-        for (rows, columns), members in self._groups.items():
-            stacked = torch.empty(sum(n for *_, n in members), rows, columns, dtype=self._dtype)
-            for part, (name, i, _) in zip(stacked.split([n for *_, n in members]), members, strict=True):
-                part.copy_(pieces[name][i])
-            update = newton_schulz(stacked)
-            rate = -0.2 * lr * max(rows, columns) ** 0.5
-            for part, (name, i, _) in zip(update.split([n for *_, n in members]), members, strict=True):
-                targets[name][i].add_(part, alpha=rate)
-        self._publish()
+            rate = 0.2 * lr * max(rows, columns) ** 0.5
+            stack.master.mul_(1 - lr * self.weight_decay).sub_(update, alpha=rate)
+            for name, i, share in stack.parts(stack.master):
+                parameters[name][i].copy_(share)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Momentum, and masters where the parameters are not float32 themselves, by shape: ``kind/RxC -> stack``."""
+        state = {f"momentum/{rows}x{columns}": s.momentum for (rows, columns), s in self._stacks.items()}
+        if any(p.dtype != torch.float32 for p in self.parameters.values()):
+            state |= {f"master/{rows}x{columns}": s.master for (rows, columns), s in self._stacks.items()}
+        return state
+
+    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copies what ``state_dict`` returned. The parameters themselves must have been restored before.
+
+        Raises:
+            ValueError: a tensor is missing or left over.
+        """
+        self._read_masters()
+        _copy_all(self, tensors)
+
+    def zero_grad(self) -> None:
+        for p in self.parameters.values():
+            p.grad = None
+
+    @torch.no_grad()
+    def _read_masters(self) -> None:
+        for stack in self._stacks.values():
+            for name, i, share in stack.parts(stack.master):
+                share.copy_(self._splits[name](self.parameters[name].data)[i])
+
+
+@torch.no_grad()
+def _copy_all(optimizer: AdamW | Muon, tensors: dict[str, torch.Tensor]) -> None:
+    mine = optimizer.state_dict()
+    if mine.keys() != tensors.keys():
+        different = sorted(mine.keys() ^ tensors.keys())[:4]
+        raise ValueError(f"{type(optimizer).__name__}: the state does not fit this model, differing names: {different}")
+    for name, tensor in mine.items():
+        tensor.copy_(tensors[name])
