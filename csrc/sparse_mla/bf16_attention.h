@@ -103,7 +103,7 @@ struct PairForward : Shape {
   void query(int64_t t) const {
     const TileSession session;
     const Scratch s = scratch();
-    pack_heads_in_lanes(words_of(a.q) + t * a.heads * a.dim, a.heads, a.dim, lanes, s.q);
+    pack_for_scores(words_of(a.q) + t * a.heads * a.dim, a.heads, a.dim, lanes, s.q);
     const int32_t* list = a.indices + t * a.topk;
     // Keys of the block that starts at list position j, to keys + from.
     const auto compact = [&](int64_t j, int64_t from) {
@@ -121,7 +121,7 @@ struct PairForward : Shape {
       if (n > 0) {
         const int32_t* keys = s.keys + from;
         gather_rows(words_of(a.kv), a.dim, keys, n, s.rows, s.words, value32);
-        scores(s.rows, dim32, n, s.q, lanes, dim32 / 2, s.s, {words_of(a.kv), a.dim, keys + n, next});
+        scores(s.rows, dim32, n, s.q, a.heads, lanes, dim32 / 2, s.s, {words_of(a.kv), a.dim, keys + n, next});
         softmax(s, n, first);
         weighted(s.p, lanes, a.heads, n, s.words, value32, s.acc, !first, s.alpha, s.turned, block() / 2);
         first = false;
@@ -253,8 +253,8 @@ struct PairBackward : Shape {
     const TileSession session;
     const Scratch s = scratch();
     const uint16_t *q_row = words_of(a.q) + t * a.heads * a.dim, *dout_row = words_of(a.dout) + t * a.heads * a.value_dim;
-    pack_heads_in_lanes(q_row, a.heads, a.dim, lanes, s.q);
-    pack_heads_in_lanes(dout_row, a.heads, a.value_dim, lanes, s.dout);
+    pack_for_scores(q_row, a.heads, a.dim, lanes, s.q);
+    pack_for_scores(dout_row, a.heads, a.value_dim, lanes, s.dout);
     pack_dims_in_lanes(q_row, a.heads, a.dim, depth, q + slot * depth / 2 * dim32);
     pack_dims_in_lanes(dout_row, a.heads, a.value_dim, depth, dout + slot * depth / 2 * value32);
     for (int64_t h = 0; h < lanes; ++h) {
@@ -267,9 +267,9 @@ struct PairBackward : Shape {
     for (int64_t j = 0; j < n; j += kPairBlock) {
       const int64_t m = n - j < kPairBlock ? n - j : kPairBlock, left = n - j - m;
       gather_rows(words_of(a.kv), a.dim, list + j, m, s.rows, s.words, one_block ? dim32 : 0);
-      scores(s.rows, dim32, m, s.q, lanes, dim32 / 2, s.p + j * lanes,
+      scores(s.rows, dim32, m, s.q, a.heads, lanes, dim32 / 2, s.p + j * lanes,
              {words_of(a.kv), a.dim, list + j + m, left < kPairBlock ? left : kPairBlock});
-      scores(s.rows, dim32, m, s.dout, lanes, value32 / 2, s.ds + j * lanes, {nullptr, 0, nullptr, 0});
+      scores(s.rows, dim32, m, s.dout, a.heads, lanes, value32 / 2, s.ds + j * lanes, {nullptr, 0, nullptr, 0});
       probabilities(s, j, m);
     }
     if (a.dlse)
@@ -349,7 +349,7 @@ struct PairTarget : Shape {
     });
     for (int64_t h = 0; h < lanes; ++h)
       lse[h] = h < a.heads ? static_cast<const float*>(a.lse)[t * a.heads + h] : __builtin_inff();
-    pack_heads_in_lanes(words_of(a.q) + t * a.heads * a.dim, a.heads, a.dim, lanes, q);
+    pack_for_scores(words_of(a.q) + t * a.heads * a.dim, a.heads, a.dim, lanes, q);
     const int32_t* list = a.indices + t * a.topk;
     float* target = static_cast<float*>(a.target) + t * a.topk;
     const F scale = splat<F>(static_cast<float>(a.scale));
@@ -361,7 +361,7 @@ struct PairTarget : Shape {
         if (list[i] >= 0) keys[n++] = list[i];
       if (n > 0) {
         gather_rows(words_of(a.kv), a.dim, keys, n, rows, nullptr, 0);
-        scores(rows, dim32, n, q, lanes, dim32 / 2, s, {nullptr, 0, nullptr, 0});
+        scores(rows, dim32, n, q, a.heads, lanes, dim32 / 2, s, {nullptr, 0, nullptr, 0});
       }
       float mass = 0;
       for (int64_t i = j, k = 0; i < end; ++i) {

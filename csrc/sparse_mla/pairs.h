@@ -1,7 +1,7 @@
 // The bf16 building blocks of sparse MLA: products of pairs on vdpbf16ps or, compiled for AMX, on tiles.
 //
 // Both read a B operand in pair layout: 32-bit words, each two bf16 that lie next to each other along the depth.
-//   heads in lanes     [dim / 2][heads]   q and dout, for scores: transposed words
+//   heads in lanes     [dim / 2][heads]   q and dout, for scores: transposed words (few_heads has its own form)
 //   dims in lanes      [rows / 2][dims]   two latent rows (or two heads of q) interleaved by unpack instructions, which
 //                                         leaves dims permuted within each 32; natural_order() undoes it at the end
 // Dims are padded to 32, heads to 16, the keys of a block to 32, all with zeros, so that no kernel has a masked tail.
@@ -69,8 +69,24 @@ GLM5_INLINE void transpose_16x16(__m512i r[16]) {
   }
 }
 
-// x [heads][dim] -> words [round_up(dim, 32) / 2][lanes], heads in lanes.
-inline void pack_heads_in_lanes(const uint16_t* x, int64_t heads, int64_t dim, int64_t lanes, uint32_t* to) {
+// With so few heads a vector holds four neighbouring words of each, and a score is the sum of four lanes.
+inline bool few_heads(int64_t heads) { return !kTiles && heads <= 4; }
+
+// x [heads <= 4][dim] -> words [round_up(dim, 32) / 8][4 heads][4].
+inline void pack_few_heads(const uint16_t* x, int64_t heads, int64_t dim, uint32_t* to) {
+  for (int64_t d = 0; d < dim; d += 32)
+    for (int64_t h = 0; h < 4; ++h) {
+      const __m512i words = load_32(x + h * dim + d, h < heads ? dim - d : 0);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + d * 2 + h * 4), _mm512_castsi512_si128(words));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + d * 2 + 16 + h * 4), _mm512_extracti32x4_epi32(words, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + d * 2 + 32 + h * 4), _mm512_extracti32x4_epi32(words, 2));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + d * 2 + 48 + h * 4), _mm512_extracti32x4_epi32(words, 3));
+    }
+}
+
+// x [heads][dim] -> the B operand of scores(): words [round_up(dim, 32) / 2][lanes], heads in lanes, or few_heads' form.
+inline void pack_for_scores(const uint16_t* x, int64_t heads, int64_t dim, int64_t lanes, uint32_t* to) {
+  if (few_heads(heads)) return pack_few_heads(x, heads, dim, to);
   for (int64_t h = 0; h < lanes; h += 16)
     for (int64_t d = 0; d < dim; d += 32) {
       __m512i r[16];
@@ -211,9 +227,48 @@ void score_tiles(const uint16_t* rows, int64_t pitch, int64_t n, const uint32_t*
   }
 }
 
-// s [n even][lanes] = rows [n][pitch] times b, words [words][lanes].
-inline void scores(const uint16_t* rows, int64_t pitch, int64_t n, const uint32_t* b, int64_t lanes, int64_t words, float* s,
-                   const Ahead& ahead) {
+// Four keys' accumulators, lanes (head, word): sums over the words, to s [4][16], the lanes from 4 on zero.
+GLM5_INLINE void sum_of_words(const __m512* acc, float* s) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(acc[0], acc[1]), _mm512_unpackhi_ps(acc[0], acc[1]));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(acc[2], acc[3]), _mm512_unpackhi_ps(acc[2], acc[3]));
+  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512 by_head = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));  // lanes (head, key)
+  const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512 by_key = _mm512_permutexvar_ps(turn, by_head);
+  _mm512_storeu_ps(s, _mm512_zextps128_ps512(_mm512_castps512_ps128(by_key)));
+  _mm512_storeu_ps(s + 16, _mm512_zextps128_ps512(_mm512_extractf32x4_ps(by_key, 1)));
+  _mm512_storeu_ps(s + 32, _mm512_zextps128_ps512(_mm512_extractf32x4_ps(by_key, 2)));
+  _mm512_storeu_ps(s + 48, _mm512_zextps128_ps512(_mm512_extractf32x4_ps(by_key, 3)));
+}
+
+// scores() with few_heads: eight keys at a time, those behind the n-th being the padding rows of zeros.
+inline void scores_of_few_heads(const uint16_t* rows, int64_t pitch, int64_t n, const uint32_t* b, int64_t words, float* s,
+                                const Ahead& ahead) {
+  for (int64_t i = 0; i < n; i += 8) {
+    GLM5_COUNT_PATH("sparse_mla pairs scores of few heads");
+    ahead.fetch(i, i + 8);
+    __m512 acc[8];
+#pragma GCC unroll 8
+    for (int m = 0; m < 8; ++m) acc[m] = _mm512_setzero_ps();
+    for (int64_t w = 0; w < words; w += 4) {
+      const __m512i bv = _mm512_loadu_si512(b + w * 4);
+#pragma GCC unroll 8
+      for (int m = 0; m < 8; ++m) {
+        const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + (i + m) * pitch + 2 * w));
+        acc[m] = dot(acc[m], _mm512_broadcast_i32x4(a), bv);
+      }
+    }
+    sum_of_words(acc, s + i * 16);
+    sum_of_words(acc + 4, s + (i + 4) * 16);
+  }
+  ahead.fetch(round_up(n, 8), ahead.n);
+}
+
+// s [round_up(n, 32)][lanes], the first n rows of it = rows [n][pitch] times b, from pack_for_scores.
+inline void scores(const uint16_t* rows, int64_t pitch, int64_t n, const uint32_t* b, int64_t heads, int64_t lanes,
+                   int64_t words, float* s, const Ahead& ahead) {
+  if (few_heads(heads)) return scores_of_few_heads(rows, pitch, n, b, words, s, ahead);
   const Ahead none{nullptr, 0, nullptr, 0};
   n = round_up(n, 2);
   for (int64_t h = 0; h < lanes; h += 64) {
@@ -440,8 +495,9 @@ void score_tiles(const uint16_t* rows, int64_t pitch, const uint32_t* b, int64_t
   tile_store<2, C>(s, lanes);
 }
 
-inline void scores(const uint16_t* rows, int64_t pitch, int64_t n, const uint32_t* b, int64_t lanes, int64_t words, float* s,
-                   const Ahead& ahead) {
+inline void scores(const uint16_t* rows, int64_t pitch, int64_t n, const uint32_t* b, int64_t heads, int64_t lanes,
+                   int64_t words, float* s, const Ahead& ahead) {
+  (void)heads;
   const Ahead none{nullptr, 0, nullptr, 0};
   for (int64_t i = 0; i < n; i += 32)
     for (int64_t h = 0; h < lanes; h += 32) {

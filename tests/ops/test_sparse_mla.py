@@ -316,6 +316,7 @@ def paths(isa):
     names = [f"sparse_mla {kind} {r}" for kind in ("wide tile", "tile", "masked tile") for r in rows]
     if isa == "avx512":
         names += [f"sparse_mla pairs scores {tile}" for tile in "8x1 6x2 6x3 6x4 2x1 2x2 2x3 2x4".split()]
+        names += ["sparse_mla pairs scores of few heads"]
         names += [f"sparse_mla pairs weighted {r}x{v}" for r in rows for v in (4, 2)]
         names += [f"sparse_mla pairs scatter {r}" for r in (6, 2, 1)]
     if isa == "amx":
