@@ -19,7 +19,8 @@ struct ForwardScratch {
   using S = Acc<T>;
   int64_t dk, dv;        // rounded up to kStep; to a vector
   E *q, *k, *v, *p;      // [rows][dk], packed K^T of a block, packed V of a block, [kGroupRows][kKeyBlock]
-  S *scores, *pv, *out;  // [kGroupRows][kKeyBlock], [kGroupRows][dv], [rows][dv]
+  S *scores[2];          // [kGroupRows][kKeyBlock]; the second on tiles alone, for the next group
+  S *pv, *out;           // [kGroupRows][dv], [rows][dv]
   S *largest, *total;    // [rows]: the running maximum of the scaled scores, and the sum of 2^(score - maximum)
 
   ForwardScratch(Carver& carver, const MlaAttentionArgs& a, int64_t rows) {
@@ -28,8 +29,9 @@ struct ForwardScratch {
     q = carver.take<E>(places * dk);
     k = carver.take<E>(packed_size<E>(kKeyBlock<E>, a.dk));
     v = carver.take<E>(packed_size<E>(a.dv, kKeyBlock<E>));
-    scores = carver.take<S>(kGroupRows<E> * kKeyBlock<E>);
-    if constexpr (sizeof(E) == sizeof(S)) p = scores;
+    for (auto& buffer : scores)
+      buffer = &buffer == scores || kTiles<E> ? carver.take<S>(kGroupRows<E> * kKeyBlock<E>) : nullptr;
+    if constexpr (sizeof(E) == sizeof(S)) p = scores[0];
     else p = carver.take<E>(kGroupRows<E> * kKeyBlock<E>);
     pv = carver.take<S>(kGroupRows<E> * dv);
     out = carver.take<S>(places * dv);
@@ -57,18 +59,17 @@ struct Group {
   }
 };
 
-// The online softmax's step: scores become probabilities relative to the running maximum.
+// The online softmax's step, first half: the running maxima, and what follows from them.
 template <class T>
-void update_softmax(const ForwardScratch<T>& s, Group<T>& g, Acc<T> scale) {
+void raise_maxima(const ForwardScratch<T>& s, Group<T>& g, const Acc<T>* scores, Acc<T> scale) {
   using E = Operand<T>;
   using V = Vector<T>;
   using S = Acc<T>;
   const V lowest = splat<V>(static_cast<S>(-__builtin_inf())), zero = splat<V>(0);
-  for (int64_t r = 0; r < g.count; ++r)
-    g.shift[r] = g.num_keys[r] ? largest_score<T>(s.scores + r * kKeyBlock<E>, g.num_keys[r], scale)
-                               : static_cast<S>(-__builtin_inf());
   // The last vector may reach into the next group's rows, which it must leave as they are.
-  for (int64_t r = g.count; r < Group<T>::kPlaces; ++r) g.shift[r] = static_cast<S>(-__builtin_inf());
+  for (int64_t r = 0; r < Group<T>::kPlaces; ++r)
+    g.shift[r] = r < g.count && g.num_keys[r] ? largest_score<T>(scores + r * kKeyBlock<E>, g.num_keys[r], scale)
+                                              : static_cast<S>(-__builtin_inf());
   for (int64_t r = 0; r < g.count; r += V::kLanes) {
     S* largest = s.largest + g.first + r;
     const V before = lanes(largest), after = max(lanes(g.shift + r), before);
@@ -77,13 +78,31 @@ void update_softmax(const ForwardScratch<T>& s, Group<T>& g, Acc<T> scale) {
     store(g.shift + r, zero - shift);
     store(largest, after);
   }
-  for (int64_t r = 0; r < g.count; ++r)
-    if (g.num_keys[r]) {
-      S& total = s.total[g.first + r];
-      total = total * g.fade[r] + weigh<T>(s.scores + r * kKeyBlock<E>, s.p + r * kKeyBlock<E>, g.num_keys[r], scale,
-                                           g.shift[r]);
-    }
 }
+
+// The second half, a row at each call: scores become probabilities relative to the running maximum.
+template <class T>
+struct RowWeigher {
+  const ForwardScratch<T>& s;
+  const Group<T>& g;
+  const Acc<T>* scores;
+  Acc<T> scale;
+  int64_t row = 0;
+
+  GLM5_INLINE void operator()() {
+    using E = Operand<T>;
+    if (row >= g.count) return;
+    if (g.num_keys[row]) {
+      Acc<T>& total = s.total[g.first + row];
+      total = total * g.fade[row] + weigh<T>(scores + row * kKeyBlock<E>, s.p + row * kKeyBlock<E>, g.num_keys[row],
+                                             scale, g.shift[row]);
+    }
+    ++row;
+  }
+  void finish() {
+    while (row < g.count) (*this)();
+  }
+};
 
 // out = out * fade + P V, vectors. A row multiplies its own keys only, since 0 * NaN of a later key would leak in: rows
 // together as far as the shortest of them goes, then one by one.
@@ -189,18 +208,36 @@ void forward_tile(const MlaAttentionArgs& a, const MlaRowTile& tile, int64_t hea
 #ifdef GLM5_MLA_TILES
     const bool finite = all_finite(values, v_stride, width, a.dv);
 #endif
+#ifdef GLM5_MLA_TILES
+    // A group's probabilities are formed beside the next group's scores.
+    Group<T> g(a, tile, 0, 0, first_key, width);
+    S *scores = s.scores[0], *next_scores = s.scores[1];
+    for (int64_t first = 0; first < rows; first += kGroupRows<E>) {
+      Group<T> next(a, tile, first, rows, first_key, width);
+      if (next.most == 0) continue;
+      RowWeigher<T> weigher{s, g, scores, scale};
+      product_beside(next.count, (next.most + L - 1) / L, s.dk, s.q + first * s.dk, s.dk, s.k, panel_stride<E>(a.dk),
+                     next_scores, kKeyBlock<E>, Into::replace, weigher);
+      weigher.finish();
+      if (g.most) add_values_on_tiles(s, g, block == 0, values, v_stride, a.dv, finite);
+      raise_maxima(s, next, next_scores, scale);
+      g = next;
+      S* const free_scores = scores;
+      scores = next_scores, next_scores = free_scores;
+    }
+    RowWeigher<T>{s, g, scores, scale}.finish();
+    if (g.most) add_values_on_tiles(s, g, block == 0, values, v_stride, a.dv, finite);
+#else
     for (int64_t first = 0; first < rows; first += kGroupRows<E>) {
       Group<T> g(a, tile, first, rows, first_key, width);
       if (g.most == 0) continue;
-      product(g.count, (g.most + L - 1) / L, s.dk, s.q + first * s.dk, s.dk, s.k, panel_stride<E>(a.dk), s.scores,
+      product(g.count, (g.most + L - 1) / L, s.dk, s.q + first * s.dk, s.dk, s.k, panel_stride<E>(a.dk), s.scores[0],
               kKeyBlock<E>, Into::replace);
-      update_softmax(s, g, scale);
-#ifdef GLM5_MLA_TILES
-      add_values_on_tiles(s, g, block == 0, values, v_stride, a.dv, finite);
-#else
+      raise_maxima(s, g, s.scores[0], scale);
+      RowWeigher<T>{s, g, s.scores[0], scale}.finish();
       add_values(s, g, block == 0);
-#endif
     }
+#endif
   }
 
   for (int64_t r = 0; r < rows; ++r) {
