@@ -16,6 +16,7 @@ constexpr int kMaxRows = 6, kMaxPanels = 2;   // 12 + 2 + 1 of 16
 #else
 constexpr int kMaxRows = 4, kMaxPanels = 2;
 #endif
+constexpr int kAheadBytes = 6 * 64;
 constexpr int kScratchTasks = 4, kScratchA = 5, kScratchB = 6, kScratchC = 7;
 // The largest tile. A packed stripe of B (half a megabyte of float32) and the sums of the tile stay in the L2 cache; B is
 // packed once for so many rows that it costs little. A is packed kMaxRows rows at a time and stays in L1.
@@ -40,9 +41,13 @@ GLM5_INLINE typename K::V read_line(const T* p, int64_t k_stride, int64_t k_coun
 template <class T, class K, int L>
 GLM5_INLINE void read_lines(const T* p, int64_t line_stride, int64_t k_stride, int64_t num_lines, int64_t k_count,
                             typename K::V (&r)[L]) {
-  if (k_stride == 1 && num_lines >= L) {
+  if (k_stride == 1 && num_lines >= L && k_count >= L * K::kPerStep) {
 #pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) r[i] = K::along(p + i * line_stride, k_count);
+    for (int i = 0; i < L; ++i) {
+      // Weights of a decode step come from memory, in more streams than the hardware follows.
+      __builtin_prefetch(reinterpret_cast<const char*>(p + i * line_stride) + kAheadBytes);
+      r[i] = K::along(p + i * line_stride);
+    }
     return;
   }
   for (int i = 0; i < L; ++i)
@@ -275,6 +280,8 @@ Tiling tiling(const GemmArgs& g, int64_t wanted) {
   const auto size = [](int64_t total, int64_t tiles, int64_t unit) {
     return tiles > 0 ? ((total + tiles - 1) / tiles + unit - 1) / unit * unit : unit;
   };
+  // Few rows: B comes from memory, so its lines are followed to their ends, one register tile of columns at a time.
+  if (g.m <= kMaxRows && g.b_row == 1) col_tiles = (g.n + kPair - 1) / kPair;
   while (row_tiles * col_tiles > 0 && row_tiles * col_tiles < wanted) {
     const int64_t rows = size(g.m, row_tiles, kMaxRows), cols = size(g.n, col_tiles, kPair);
     if (cols > kPair && (cols > rows / 2 || rows <= kMaxRows)) col_tiles *= 2;

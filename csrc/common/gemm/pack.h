@@ -14,7 +14,8 @@ struct Plain {
   using V = Vector<T>;
   using S = Acc<T>;
   static constexpr int kPerStep = 1;
-  // Up to kLanes steps along contiguous k.
+  // kLanes steps along contiguous k; the second form: or as many as are left.
+  static GLM5_INLINE V along(const T* p) { return load(p); }
   static GLM5_INLINE V along(const T* p, int64_t k_left) { return load_n(p, k_left); }
   // One step of up to kLanes neighbours along m or n.
   static GLM5_INLINE V across(const T* p, int64_t, int64_t, int64_t lanes) { return load_n(p, lanes); }
@@ -27,6 +28,7 @@ struct Pairs {
   using V = F;
   using S = float;
   static constexpr int kPerStep = 2;
+  static GLM5_INLINE F along(const bf16* p) { return {_mm512_loadu_ps(reinterpret_cast<const float*>(p))}; }
   static GLM5_INLINE F along(const bf16* p, int64_t k_left) {
     const __mmask32 mask = k_left >= 32 ? 0xffffffffu : (1u << k_left) - 1u;
     return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p))};
