@@ -16,7 +16,6 @@ def topk_case(rows: int, cols: int, k: int, kind: str = "gaussian", **goals) -> 
         f"topk_indices {k} of {cols}, {rows} rows, {kind}",
         lambda: ops.topk_indices(scores, k),
         lambda: torch.topk(scores, k),
-        work=4.0 * scores.numel(),
         **goals,
     )
 

@@ -329,8 +329,8 @@ int64_t pack_candidates(const float* row, int64_t n, float threshold, float* val
 // keys. n is a multiple of kPad; `valid` >= k >= 1 of the keys are valid and lie in [low, high].
 //
 // A probe is placed where a straight line between the counts at both ends puts the k-th key; if that did not halve the
-// interval the next one is its middle. As the interval closes, the keys inside it move to `spare` (room for n / 4 + kPad) and
-// probes count those alone. Now and then the ends move to keys that exist, which ends the search among ties.
+// interval the next one is its middle. As the interval closes, the keys inside it move to `spare` (room for n / 4 and
+// 2 kPad) and probes count those alone. Now and then the ends move to keys that exist, which ends the search among ties.
 template <class K>
 K kth_largest(const K* keys, int64_t n, int64_t valid, int64_t k, int64_t slack, K low, K high, K* spare,
               int64_t* above) {
