@@ -18,7 +18,7 @@ def test_dry_run_prints_the_resolved_recipe_and_makes_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["run", "nonsense"], "no recipe called 'nonsense'; there are foundation"),
+        (["run", "nonsense"], "no recipe called 'nonsense'; there are foundation, small"),
         (["run", "foundation", "stages.pretrain.lr=1"], "foundation.toml: unknown key stages.pretrain.lr; did you mean"),
         (["train", "sft"], "no stage called 'sft'; its stages are pretrain, midtrain, dsa-warmup, dsa-sparse"),
         (["run", "foundation", "model.overrides.hidden_sizes=3"], "did you mean model.overrides.hidden_size?"),
@@ -36,7 +36,7 @@ def test_mistakes_end_in_one_clear_line(arguments, message, capsys, tmp_path, mo
 def test_run_trains_reports_and_generates(tmp_path, capsys):
     assert main(["run", "foundation", *SMALL, "--runs", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "sparse, after sparse adaptation" in out and "A sample" in out and "report.html" in out
+    assert "sparse, after sparse adaptation" in out and "A sample" in out and "report.html" in out and "tokens/s" in out
     assert (tmp_path / "foundation" / "report.html").is_file()
     assert main(["generate", "def f", "--run", str(tmp_path / "foundation"), "--tokens", "5", "--seed", "3"]) == 0
     first = capsys.readouterr().out

@@ -37,7 +37,8 @@ def carry_out(args, last: str | None) -> None:
         print(to_toml(recipe), end="")
         return
 
-    from glm5.report import summary_rows, text_table, write_report
+    from glm5.report import stage_speeds, summary_rows, text_table, write_report
+    from glm5.train.metrics import read_metrics
     from glm5.train.run import build_model, open_run, prepare, run_stages
 
     prepare(recipe)
@@ -48,7 +49,9 @@ def carry_out(args, last: str | None) -> None:
         report = write_report(work.folder)
     finally:
         work.close()
-    print(f"\n{text_table(summary_rows(results), results['about']['topk'])}")
+    if "about" in results:
+        print(f"\n{text_table(summary_rows(results), results['about']['topk'])}")
+    print(f"\nTraining speed: {stage_speeds(read_metrics(work.folder / 'metrics.jsonl'))}")
     for sample in results.get("samples", []):
         print(f"\n{sample['title']}:\n{sample['prompt']}{sample['text']}")
     print(f"\nReport: {report}")

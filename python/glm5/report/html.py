@@ -36,7 +36,11 @@ def write_report(folder: Path) -> Path:
 def _page(name: str, evaluation: dict, metrics: list[dict], recipe: str) -> str:
     about = evaluation.get("about", {})
     topk = about.get("topk", "k")
-    facts = [f"{about['parameters']:,} parameters" if "parameters" in about else "", about.get("text", ""), _speeds(metrics)]
+    facts = [
+        f"{about['parameters']:,} parameters" if "parameters" in about else "",
+        about.get("text", ""),
+        stage_speeds(metrics),
+    ]
     body = [
         f"<h1>{escape(name)}</h1><p class=note>{escape('; '.join(f for f in facts if f))}</p>",
         "<h2>Result</h2>",
@@ -94,8 +98,8 @@ def _charts(metrics: list[dict], evaluation: dict):
         yield "Recall of the true top-k", caption, line_chart(recalls, "DSA step", "recall")
 
 
-def _speeds(metrics: list[dict]) -> str:
-    """Median tokens/s of each stage."""
+def stage_speeds(metrics: list[dict]) -> str:
+    """Median tokens/s of each stage, as a phrase."""
     speeds: dict[str, list[float]] = {}
     for row in metrics:
         if row.get("tokens_per_s"):
