@@ -76,7 +76,7 @@ def install(library: Path, folder: Path) -> None:
     if target.exists() and filecmp.cmp(library, target, shallow=False):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{library.name}.{os.getpid()}"
+    temporary = folder / f".{library.name}.new"
     shutil.copy2(library, temporary)
     temporary.replace(target)
 
