@@ -62,8 +62,7 @@ inline void check_dtype(const char* op, const char* name, const Tensor& t, std::
   fail(op, ": ", name, " has dtype ", torch::headeronly::toString(got), ", want ", list.str());
 }
 
-inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* like_name,
-                             const Tensor& like) {
+inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
   if (t.scalar_type() != like.scalar_type())
     fail(op, ": ", name, " has dtype ", torch::headeronly::toString(t.scalar_type()), ", want that of ", like_name, ", ",
          torch::headeronly::toString(like.scalar_type()));
@@ -78,8 +77,8 @@ inline Dtype float_dtype(const char* op, const char* name, const Tensor& t) {
 
 // A new contiguous CPU tensor.
 inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype,
-                              std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype, std::nullopt,
+                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
 inline Tensor empty_like_contiguous(const Tensor& t) {

@@ -53,8 +53,7 @@ Isa best_isa() {
 Isa parse(const char* name) {
   for (int i = 0; i < 4; ++i)
     if (std::strcmp(name, kNames[i]) == 0) return static_cast<Isa>(i);
-  throw std::invalid_argument(std::string("GLM5_CPU_ISA: got '") + name +
-                              "', want one of portable, avx2, avx512, amx");
+  throw std::invalid_argument(std::string("GLM5_CPU_ISA: got '") + name + "', want one of portable, avx2, avx512, amx");
 }
 
 Isa checked(const char* name) {
@@ -86,9 +85,7 @@ const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 // Plain C entry points for glm5._native (ctypes): no torch type crosses them.
 extern "C" {
 
-__attribute__((visibility("default"))) const char* glm5_cpu_best_isa() {
-  return glm5::isa_name(glm5::best_isa());
-}
+__attribute__((visibility("default"))) const char* glm5_cpu_best_isa() { return glm5::isa_name(glm5::best_isa()); }
 
 // Returns the set in force, or null (with the reason in glm5_last_error) when GLM5_CPU_ISA cannot be honoured.
 static thread_local std::string g_last_error;

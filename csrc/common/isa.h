@@ -16,23 +16,33 @@ const char* isa_name(Isa isa);
 }  // namespace glm5
 
 // Declares `signature` once in each per-set namespace: GLM5_DECLARE_KERNEL(void rms_norm(const RmsNormArgs& args)).
-#define GLM5_DECLARE_KERNEL(...)                     \
-  namespace glm5::cpu {                              \
-  namespace portable { __VA_ARGS__; }                \
-  namespace avx2 { __VA_ARGS__; }                    \
-  namespace avx512 { __VA_ARGS__; }                  \
+#define GLM5_DECLARE_KERNEL(...) \
+  namespace glm5::cpu { \
+  namespace portable { \
+  __VA_ARGS__; \
+  } \
+  namespace avx2 { \
+  __VA_ARGS__; \
+  } \
+  namespace avx512 { \
+  __VA_ARGS__; \
+  } \
   }
 
 // Calls the kernel of the set in force. float64 exists in the portable namespace only (it is there for gradcheck).
 #if defined(__x86_64__)
-#define GLM5_CALL_KERNEL(is_float64, fn, ...)                                                            \
-  do {                                                                                                   \
-    const ::glm5::Isa glm5_isa = (is_float64) ? ::glm5::Isa::portable : ::glm5::current_isa();           \
-    if (glm5_isa >= ::glm5::Isa::avx512) ::glm5::cpu::avx512::fn(__VA_ARGS__);                            \
-    else if (glm5_isa == ::glm5::Isa::avx2) ::glm5::cpu::avx2::fn(__VA_ARGS__);                           \
-    else ::glm5::cpu::portable::fn(__VA_ARGS__);                                                         \
+#define GLM5_CALL_KERNEL(is_float64, fn, ...) \
+  do { \
+    const ::glm5::Isa glm5_isa = (is_float64) ? ::glm5::Isa::portable : ::glm5::current_isa(); \
+    if (glm5_isa >= ::glm5::Isa::avx512) ::glm5::cpu::avx512::fn(__VA_ARGS__); \
+    else if (glm5_isa == ::glm5::Isa::avx2) ::glm5::cpu::avx2::fn(__VA_ARGS__); \
+    else ::glm5::cpu::portable::fn(__VA_ARGS__); \
   } while (0)
 #else
 #define GLM5_CALL_KERNEL(is_float64, fn, ...) \
-  do { (void)(is_float64); ::glm5::current_isa(); ::glm5::cpu::portable::fn(__VA_ARGS__); } while (0)
+  do { \
+    (void)(is_float64); \
+    ::glm5::current_isa(); \
+    ::glm5::cpu::portable::fn(__VA_ARGS__); \
+  } while (0)
 #endif

@@ -35,6 +35,6 @@ extern bool g_count_paths;
 }  // namespace glm5
 
 #define GLM5_COUNT_PATH(name) \
-  do {                        \
+  do { \
     if (__builtin_expect(::glm5::g_count_paths, 0)) ::glm5::count_path(name); \
   } while (0)

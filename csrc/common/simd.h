@@ -38,7 +38,6 @@ GLM5_INLINE bf16 to_bf16(float x) {
   return bf16{static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
-
 // ---- F: a vector of kLanes floats ---------------------------------------------------------------------------------
 
 #if GLM5_ISA_LEVEL == 2
@@ -95,9 +94,7 @@ GLM5_INLINE F where_lt(F x, F y, F a, F b) {
 }
 // x * 2^n for integral n, with correct overflow to infinity and gradual underflow.
 GLM5_INLINE F scale_by_power_of_two(F x, F n) { return {_mm512_scalef_ps(x.v, n.v)}; }
-GLM5_INLINE F round_to_integer(F x) {
-  return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+GLM5_INLINE F round_to_integer(F x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
 #elif GLM5_ISA_LEVEL == 1
 
@@ -107,8 +104,7 @@ struct F {
   __m256 v;
 };
 GLM5_INLINE __m256i first_n(int64_t n) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n < 8 ? n : 8)),
-                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n < 8 ? n : 8)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 GLM5_INLINE F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
 GLM5_INLINE F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -120,9 +116,7 @@ GLM5_INLINE F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
 GLM5_INLINE F min(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
 GLM5_INLINE F sqrt(F a) { return {_mm256_sqrt_ps(a.v)}; }
 GLM5_INLINE F load(const float* p) { return {_mm256_loadu_ps(p)}; }
-GLM5_INLINE F load_n(const float* p, int64_t n) {
-  return n >= 8 ? load(p) : F{_mm256_maskload_ps(p, first_n(n))};
-}
+GLM5_INLINE F load_n(const float* p, int64_t n) { return n >= 8 ? load(p) : F{_mm256_maskload_ps(p, first_n(n))}; }
 GLM5_INLINE void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
 GLM5_INLINE void store_n(float* p, F a, int64_t n) {
   if (n >= 8) return store(p, a);
@@ -161,9 +155,7 @@ GLM5_INLINE float max_lane(F a) {
   q = _mm_max_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
-GLM5_INLINE F where_lt(F x, F y, F a, F b) {
-  return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(x.v, y.v, _CMP_LT_OQ))};
-}
+GLM5_INLINE F where_lt(F x, F y, F a, F b) { return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(x.v, y.v, _CMP_LT_OQ))}; }
 GLM5_INLINE F scale_by_power_of_two(F x, F n) {
   // In two steps, since 2^n alone may lie outside the exponent range; both factors are clamped into it.
   const __m256i e = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(n.v, _mm256_set1_ps(-252)), _mm256_set1_ps(252)));
@@ -173,9 +165,7 @@ GLM5_INLINE F scale_by_power_of_two(F x, F n) {
   const __m256 b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(e, half), bias), 23));
   return {_mm256_mul_ps(_mm256_mul_ps(x.v, a), b)};
 }
-GLM5_INLINE F round_to_integer(F x) {
-  return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+GLM5_INLINE F round_to_integer(F x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
 #else  // portable: GCC/Clang vector extensions, four lanes
 
@@ -280,19 +270,34 @@ GLM5_INLINE double sum(D a) { return a.v[0] + a.v[1]; }
 GLM5_INLINE double max_lane(D a) { return a.v[0] > a.v[1] ? a.v[0] : a.v[1]; }
 GLM5_INLINE D where_lt(D x, D y, D a, D b) { return {x.v < y.v ? a.v : b.v}; }
 GLM5_INLINE D exp(D x) { return {D::Native{__builtin_exp(x.v[0]), __builtin_exp(x.v[1])}}; }
-template <class V> GLM5_INLINE V splat(typename V::Scalar x);
-template <> GLM5_INLINE D splat<D>(double x) { return {D::Native{x, x}}; }
+template <class V>
+GLM5_INLINE V splat(typename V::Scalar x);
+template <>
+GLM5_INLINE D splat<D>(double x) {
+  return {D::Native{x, x}};
+}
 
 #endif
 
 #if GLM5_ISA_LEVEL == 2
-template <class V> GLM5_INLINE V splat(typename V::Scalar x);
-template <> GLM5_INLINE F splat<F>(float x) { return {_mm512_set1_ps(x)}; }
+template <class V>
+GLM5_INLINE V splat(typename V::Scalar x);
+template <>
+GLM5_INLINE F splat<F>(float x) {
+  return {_mm512_set1_ps(x)};
+}
 #elif GLM5_ISA_LEVEL == 1
-template <class V> GLM5_INLINE V splat(typename V::Scalar x);
-template <> GLM5_INLINE F splat<F>(float x) { return {_mm256_set1_ps(x)}; }
+template <class V>
+GLM5_INLINE V splat(typename V::Scalar x);
+template <>
+GLM5_INLINE F splat<F>(float x) {
+  return {_mm256_set1_ps(x)};
+}
 #else
-template <> GLM5_INLINE F splat<F>(float x) { return {F::Native{x, x, x, x}}; }
+template <>
+GLM5_INLINE F splat<F>(float x) {
+  return {F::Native{x, x, x, x}};
+}
 #endif
 
 // e^x, about 1 ulp; exactly 0 below -87.34 (and for -inf), +inf above 88.73, NaN for NaN. Cody-Waite reduction by
@@ -355,23 +360,42 @@ GLM5_INLINE D log(D x) { return {D::Native{__builtin_log(x.v[0]), __builtin_log(
 #endif
 
 // The vector type that computes for storage type T: F for bf16 and float, D for double.
-template <class T> struct VectorFor { using Type = F; };
+template <class T>
+struct VectorFor {
+  using Type = F;
+};
 #if GLM5_ISA_LEVEL == 0
-template <> struct VectorFor<double> { using Type = D; };
+template <>
+struct VectorFor<double> {
+  using Type = D;
+};
 #endif
-template <class T> using Vector = typename VectorFor<T>::Type;
+template <class T>
+using Vector = typename VectorFor<T>::Type;
 // The scalar type that accumulates for storage type T.
-template <class T> using Acc = typename Vector<T>::Scalar;
+template <class T>
+using Acc = typename Vector<T>::Scalar;
 
-template <class T> GLM5_INLINE T round_to(Acc<T> x);
-template <> GLM5_INLINE bf16 round_to<bf16>(float x) { return to_bf16(x); }
-template <> GLM5_INLINE float round_to<float>(float x) { return x; }
+template <class T>
+GLM5_INLINE T round_to(Acc<T> x);
+template <>
+GLM5_INLINE bf16 round_to<bf16>(float x) {
+  return to_bf16(x);
+}
+template <>
+GLM5_INLINE float round_to<float>(float x) {
+  return x;
+}
 #if GLM5_ISA_LEVEL == 0
-template <> GLM5_INLINE double round_to<double>(double x) { return x; }
+template <>
+GLM5_INLINE double round_to<double>(double x) {
+  return x;
+}
 #endif
 
 // The vector after a trip through storage type T: what a later reader of a stored value would see.
-template <class T> GLM5_INLINE Vector<T> through_storage(Vector<T> x) {
+template <class T>
+GLM5_INLINE Vector<T> through_storage(Vector<T> x) {
   if constexpr (sizeof(T) == 2) {
     T stored[Vector<T>::kLanes];
     store(stored, x);

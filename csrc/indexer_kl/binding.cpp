@@ -165,10 +165,12 @@ std::tuple<Tensor, Tensor, Tensor> lightning_indexer_kl(const Tensor& q, const T
   return {kl, stats, mass};
 }
 
-std::tuple<Tensor, Tensor, Tensor> lightning_indexer_kl_backward(
-    const Tensor& dkl_in, const Tensor& stats_in, const Tensor& mass_in, const Tensor& q, const Tensor& k,
-    const Tensor& weights, const Tensor& ks, const Tensor& ke, const Tensor& attn_q, const Tensor& attn_k,
-    const Tensor& attn_lse, double scale, std::optional<Tensor> indices) {
+std::tuple<Tensor, Tensor, Tensor> lightning_indexer_kl_backward(const Tensor& dkl_in, const Tensor& stats_in,
+                                                                 const Tensor& mass_in, const Tensor& q, const Tensor& k,
+                                                                 const Tensor& weights, const Tensor& ks, const Tensor& ke,
+                                                                 const Tensor& attn_q, const Tensor& attn_k,
+                                                                 const Tensor& attn_lse, double scale,
+                                                                 std::optional<Tensor> indices) {
   const char* op = "lightning_indexer_kl_backward";
   KlInputs in(op, q, k, weights, ks, ke, attn_q, attn_k, attn_lse, scale, indices);
   const Tensor dkl = in.keep("dkl", dkl_in, 1, "[queries]");

@@ -23,8 +23,8 @@ template <class T>
 GLM5_INLINE void multiply(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b, Matrix<Acc<T>> c,
                           bool accumulate) {
   constexpr int kReal = sizeof(Acc<T>) == 8 ? 2 : 1, kStored = sizeof(T) == 2 ? 0 : kReal;
-  gemm_serial(GemmArgs{kStored, kReal, m, n, k, a.data, a.row, a.col, b.data, b.row, b.col, c.data, c.row, nullptr,
-                       accumulate});
+  gemm_serial(
+      GemmArgs{kStored, kReal, m, n, k, a.data, a.row, a.col, b.data, b.row, b.col, c.data, c.row, nullptr, accumulate});
 }
 
 // Everything that a task holds for one block of keys.
@@ -45,9 +45,9 @@ struct Block {
     chunk = smaller(rows, larger(1, kChunkLines / a.heads));
     const int64_t lines = chunk * a.heads, block = kKeyBlock;
     const int64_t scores_lines = larger(lines, a.indices ? a.attn_heads : rows);
-    S* reals = static_cast<S*>(thread_scratch(
-        0, sizeof(S) * ((2 * rows + scores_lines) * block +
-                        (is_backward ? rows * a.heads * (a.dim + 1) + chunk * block + block * a.dim : 0))));
+    S* reals = static_cast<S*>(
+        thread_scratch(0, sizeof(S) * ((2 * rows + scores_lines) * block +
+                                       (is_backward ? rows * a.heads * (a.dim + 1) + chunk * block + block * a.dim : 0))));
     masses = reals;
     logits = masses + rows * block;
     scores = logits + rows * block;
@@ -116,8 +116,11 @@ struct Inputs {
   const T *q, *k, *attn_q, *attn_k;
   const S *weights, *lse;
   explicit Inputs(const LightningIndexerKlArgs& a)
-      : q(static_cast<const T*>(a.q)), k(static_cast<const T*>(a.k)), attn_q(static_cast<const T*>(a.attn_q)),
-        attn_k(static_cast<const T*>(a.attn_k)), weights(static_cast<const S*>(a.weights)),
+      : q(static_cast<const T*>(a.q)),
+        k(static_cast<const T*>(a.k)),
+        attn_q(static_cast<const T*>(a.attn_q)),
+        attn_k(static_cast<const T*>(a.attn_k)),
+        weights(static_cast<const S*>(a.weights)),
         lse(static_cast<const S*>(a.attn_lse)) {}
 };
 
@@ -217,7 +220,8 @@ void dense_backward(const LightningIndexerKlArgs& a, const KlTile& tile, Acc<T>*
         const RowGradient<S> gradient = row_gradient<T>(a, t);
         S* out = block.gradients + i * kKeyBlock;
         for (int64_t j = 0; j < n; j += V::kLanes)
-          store(out + j, gradient(load(block.logits + (r + i) * kKeyBlock + j), load(block.masses + (r + i) * kKeyBlock + j)));
+          store(out + j,
+                gradient(load(block.logits + (r + i) * kKeyBlock + j), load(block.masses + (r + i) * kKeyBlock + j)));
         T* signals = block.signals + i * a.heads * kKeyBlock;
         for (int64_t h = 0; h < a.heads; ++h)
           for (int64_t j = (n + V::kLanes - 1) / V::kLanes * V::kLanes; j < block.n; ++j) signals[h * kKeyBlock + j] = T{};
@@ -226,8 +230,8 @@ void dense_backward(const LightningIndexerKlArgs& a, const KlTile& tile, Acc<T>*
       }
       multiply<T>(lines, a.dim, block.n, {block.signals, kKeyBlock}, {in.k + first * a.dim, a.dim},
                   {block.dq + r * a.heads * a.dim, a.dim}, true);
-      multiply<T>(block.n, a.dim, lines, {block.signals, 1, kKeyBlock},
-                  {in.q + (tile.begin + r) * a.heads * a.dim, a.dim}, {dk + first * a.dim, a.dim}, true);
+      multiply<T>(block.n, a.dim, lines, {block.signals, 1, kKeyBlock}, {in.q + (tile.begin + r) * a.heads * a.dim, a.dim},
+                  {dk + first * a.dim, a.dim}, true);
     }
   }
   store_query_gradients(a, tile, block);

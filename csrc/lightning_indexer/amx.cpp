@@ -70,7 +70,8 @@ GLM5_INLINE void weigh(const float* dots, const float* weights, int64_t num_head
 
 // Rows of a block of queries as [query * num_heads + head][step], at least kTileRows of them; dot products of a group of
 // queries with a tile of keys, twice, so that one can be written while the other is read.
-template <class T> struct Rows {
+template <class T>
+struct Rows {
   const uint32_t* data;
   int64_t count, steps, num_heads, group;
   float* dots[2];
@@ -145,8 +146,7 @@ void score_block(const LightningIndexerArgs& a, int64_t q0, int64_t q1, int64_t 
         weigh_range(mine, weights + t * num_heads, num_heads, begin - tile, end - tile, tile_scores);
         if (a.k_scale)
           for (int64_t s = begin; s < end; ++s) out[s] = tile_scores[s - tile] * a.k_scale[s];
-        else
-          std::memcpy(out + begin, tile_scores + begin - tile, sizeof(float) * (end - begin));
+        else std::memcpy(out + begin, tile_scores + begin - tile, sizeof(float) * (end - begin));
       }
     };
     int64_t pending = -1, turn = 0;

@@ -72,8 +72,7 @@ GLM5_INLINE void accumulate(const R* p, int64_t row_stride, int64_t step_stride,
 #pragma GCC unroll 8
     for (int r = 0; r < NR; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v)
-        store(out + r * dim + d + v * L, load(out + r * dim + d + v * L) + total[r][v]);
+      for (int v = 0; v < kVectors; ++v) store(out + r * dim + d + v * L, load(out + r * dim + d + v * L) + total[r][v]);
   }
   for (; d < dim; d += L) {
     for (int r = 0; r < NR; ++r) {
@@ -132,7 +131,8 @@ int64_t first_at_least(const int32_t* indices, int64_t n, int64_t key) {
   return low;
 }
 
-template <class T> struct Sizes {
+template <class T>
+struct Sizes {
   int64_t steps, heads, dims;
   explicit Sizes(const LightningIndexerArgs& a)
       : steps(Packing<T>::steps(a.dim)), heads(a.num_heads), dims(a.num_heads * a.dim) {}

@@ -8,11 +8,11 @@
 
 // bf16 and e4m3 on AMX have kernels of their own; the rest goes the common way.
 #if defined(__x86_64__)
-#define GLM5_CALL_INDEXER_KERNEL(fn, in)                                                   \
-  do {                                                                                     \
+#define GLM5_CALL_INDEXER_KERNEL(fn, in) \
+  do { \
     const bool pairs = (in).args.dtype == static_cast<int>(Dtype::bf16) || (in).args.dtype == kE4m3; \
-    if (pairs && current_isa() == Isa::amx) cpu::amx::fn((in).args);                       \
-    else GLM5_CALL_KERNEL((in).is_float64, fn, (in).args);                                 \
+    if (pairs && current_isa() == Isa::amx) cpu::amx::fn((in).args); \
+    else GLM5_CALL_KERNEL((in).is_float64, fn, (in).args); \
   } while (0)
 #else
 #define GLM5_CALL_INDEXER_KERNEL(fn, in) GLM5_CALL_KERNEL((in).is_float64, fn, (in).args)
@@ -147,8 +147,7 @@ Tensor lightning_indexer_selected_logits(const Tensor& q, const Tensor& k, const
 }
 
 std::tuple<Tensor, Tensor> lightning_indexer_topk(const Tensor& q, const Tensor& k, std::optional<Tensor> k_scale,
-                                                  const Tensor& weights, const Tensor& ks, const Tensor& ke,
-                                                  int64_t topk) {
+                                                  const Tensor& weights, const Tensor& ks, const Tensor& ke, int64_t topk) {
   const char* op = "lightning_indexer_topk";
   if (topk < 0) fail(op, ": topk is ", topk, ", want a number >= 0");
   Inputs in(op, q, k, weights, true);
@@ -163,10 +162,9 @@ std::tuple<Tensor, Tensor> lightning_indexer_topk(const Tensor& q, const Tensor&
   return {indices, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> lightning_indexer_logits_backward(const Tensor& grad_in, const Tensor& q,
-                                                                     const Tensor& k, const Tensor& weights,
-                                                                     const Tensor& ks, const Tensor& ke,
-                                                                     std::optional<Tensor> indices) {
+std::tuple<Tensor, Tensor, Tensor> lightning_indexer_logits_backward(const Tensor& grad_in, const Tensor& q, const Tensor& k,
+                                                                     const Tensor& weights, const Tensor& ks,
+                                                                     const Tensor& ke, std::optional<Tensor> indices) {
   const char* op = "lightning_indexer_logits_backward";
   Inputs in(op, q, k, weights, false);
   in.set_ranges(op, ks, ke);
@@ -190,8 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> lightning_indexer_logits_backward(const Tenso
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
-  m.def(
-      "lightning_indexer_logits(Tensor q, Tensor k, Tensor? k_scale, Tensor weights, Tensor ks, Tensor ke) -> Tensor");
+  m.def("lightning_indexer_logits(Tensor q, Tensor k, Tensor? k_scale, Tensor weights, Tensor ks, Tensor ke) -> Tensor");
   m.def("lightning_indexer_selected_logits(Tensor q, Tensor k, Tensor weights, Tensor indices) -> Tensor");
   m.def(
       "lightning_indexer_topk(Tensor q, Tensor k, Tensor? k_scale, Tensor weights, Tensor ks, Tensor ke, int topk) -> "

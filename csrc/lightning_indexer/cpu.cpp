@@ -8,8 +8,7 @@ namespace {
 
 // Adds NH heads to NV vectors of scores.
 template <int NH, int NV, class E, class V>
-GLM5_INLINE void add_heads(const E* heads, const typename V::Scalar* weights, int64_t steps, const E* keys,
-                           V (&total)[NV]) {
+GLM5_INLINE void add_heads(const E* heads, const typename V::Scalar* weights, int64_t steps, const E* keys, V (&total)[NV]) {
   V dots[NH][NV];
   dot_products<NH, NV>(heads, steps, keys, dots);
 #pragma GCC unroll 8
@@ -73,8 +72,7 @@ void score_block(const LightningIndexerArgs& a, int64_t q0, int64_t q1, int64_t 
       R* out = scores + (t - q0) * stride - first;
       if (a.k_scale)
         for (int64_t s = begin; s < end; ++s) out[s] = tile_scores[s - tile] * a.k_scale[s];
-      else
-        std::memcpy(out + begin, tile_scores + begin - tile, sizeof(R) * (end - begin));
+      else std::memcpy(out + begin, tile_scores + begin - tile, sizeof(R) * (end - begin));
     }
   }
 }
@@ -84,8 +82,8 @@ void score_selected(const LightningIndexerArgs& a, int64_t t, const int32_t* ind
   using R = Real<T>;
   const int64_t steps = Packing<T>::steps(a.dim);
   const Scratch<T> scratch(a, 1);
-  const Element<T>* heads =
-      pack_heads(static_cast<const T*>(a.q) + t * a.num_heads * a.dim, a.num_heads, a.dim, scratch.heads);
+  const Element<T>* heads = pack_heads(static_cast<const T*>(a.q) + t * a.num_heads * a.dim, a.num_heads, a.dim,
+                                       scratch.heads);
   alignas(64) R tile_scores[kTileKeys];
   for (int64_t i = 0; i < count; i += kTileKeys) {
     const int64_t n = min_of(kTileKeys, count - i);
@@ -98,10 +96,10 @@ void score_selected(const LightningIndexerArgs& a, int64_t t, const int32_t* ind
 
 }  // namespace
 
-#define GLM5_FOR_DTYPE(fn)                       \
-  if (args.dtype == 0) fn<bf16>(args);           \
-  else if (args.dtype == 1) fn<float>(args);     \
-  else if (args.dtype == kE4m3) fn<e4m3>(args);  \
+#define GLM5_FOR_DTYPE(fn) \
+  if (args.dtype == 0) fn<bf16>(args); \
+  else if (args.dtype == 1) fn<float>(args); \
+  else if (args.dtype == kE4m3) fn<e4m3>(args); \
   GLM5_INDEXER_DOUBLE(fn)
 
 void lightning_indexer_logits(const LightningIndexerArgs& args) { GLM5_FOR_DTYPE(logits) }

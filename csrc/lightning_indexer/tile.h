@@ -37,11 +37,19 @@ GLM5_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 GLM5_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // What scores of storage type T are computed and stored as.
-template <class T> struct RealOf { using Type = float; };
-template <> struct RealOf<double> { using Type = double; };
-template <class T> using Real = typename RealOf<T>::Type;
+template <class T>
+struct RealOf {
+  using Type = float;
+};
+template <>
+struct RealOf<double> {
+  using Type = double;
+};
+template <class T>
+using Real = typename RealOf<T>::Type;
 
-template <class T> struct Packing {
+template <class T>
+struct Packing {
   using Element = Real<T>;
   static int64_t steps(int64_t dim) { return dim; }
   GLM5_INLINE static Element element(const T* row, int64_t, int64_t step) { return to_float(row[step]); }
@@ -53,7 +61,8 @@ template <class T> struct Packing {
 #endif
 
 #if GLM5_ISA_LEVEL == 2
-template <class T> struct PairPacking {
+template <class T>
+struct PairPacking {
   using Element = uint32_t;
   static int64_t steps(int64_t dim) {
     return ((dim + 1) / 2 + GLM5_INDEXER_STEP_BLOCK - 1) / GLM5_INDEXER_STEP_BLOCK * GLM5_INDEXER_STEP_BLOCK;
@@ -69,13 +78,17 @@ template <class T> struct PairPacking {
     return (2 * step < dim ? bits(row[2 * step]) : 0u) | (2 * step + 1 < dim ? bits(row[2 * step + 1]) << 16 : 0u);
   }
 };
-template <> struct Packing<bf16> : PairPacking<bf16> {};
-template <> struct Packing<e4m3> : PairPacking<e4m3> {};
+template <>
+struct Packing<bf16> : PairPacking<bf16> {};
+template <>
+struct Packing<e4m3> : PairPacking<e4m3> {};
 #endif
 
-template <class T> using Element = typename Packing<T>::Element;
+template <class T>
+using Element = typename Packing<T>::Element;
 
-template <class T> struct Scratch {
+template <class T>
+struct Scratch {
   Element<T>* keys;   // [steps][kTileKeys]
   Element<T>* heads;  // [queries][num_heads][steps], and a tile of rows to spare
   Scratch(const LightningIndexerArgs& a, int64_t queries) {
@@ -120,8 +133,7 @@ GLM5_INLINE void transpose16(__m512i (&r)[16]) {
 }
 
 // Packs `count` keys, row `first + i` or `indices[i]` of k as key i; missing keys are zero.
-inline void pack_keys(const bf16* k, const int32_t* indices, int64_t first, int64_t count, int64_t dim,
-                      uint32_t* packed) {
+inline void pack_keys(const bf16* k, const int32_t* indices, int64_t first, int64_t count, int64_t dim, uint32_t* packed) {
   const int64_t steps = Packing<bf16>::steps(dim);
   for (int64_t i = 0; i < kTileKeys; i += 16) {
     int64_t s = 0;
@@ -129,17 +141,17 @@ inline void pack_keys(const bf16* k, const int32_t* indices, int64_t first, int6
       __m512i r[16];
 #pragma GCC unroll 16
       for (int j = 0; j < 16; ++j)
-        r[j] = i + j < count
-                   ? _mm512_loadu_si512(k + (indices ? indices[i + j] : first + i + j) * dim + 2 * s)
-                   : _mm512_setzero_si512();
+        r[j] = i + j < count ? _mm512_loadu_si512(k + (indices ? indices[i + j] : first + i + j) * dim + 2 * s)
+                             : _mm512_setzero_si512();
       transpose16(r);
 #pragma GCC unroll 16
       for (int j = 0; j < 16; ++j) _mm512_storeu_si512(packed + (s + j) * kTileKeys + i, r[j]);
     }
     for (int64_t j = i; j < i + 16; ++j)
       for (int64_t rest = s; rest < steps; ++rest)
-        packed[rest * kTileKeys + j] =
-            j < count ? Packing<bf16>::element(k + (indices ? indices[j] : first + j) * dim, dim, rest) : 0u;
+        packed[rest * kTileKeys + j] = j < count
+                                           ? Packing<bf16>::element(k + (indices ? indices[j] : first + j) * dim, dim, rest)
+                                           : 0u;
   }
 }
 
@@ -159,8 +171,7 @@ inline void decode(const e4m3* from, int64_t n, bf16* to) {
   }
 }
 
-inline void pack_keys(const e4m3* k, const int32_t* indices, int64_t first, int64_t count, int64_t dim,
-                      uint32_t* packed) {
+inline void pack_keys(const e4m3* k, const int32_t* indices, int64_t first, int64_t count, int64_t dim, uint32_t* packed) {
   bf16* rows = static_cast<bf16*>(thread_scratch(3, sizeof(bf16) * (kTileKeys * dim + 32)));
   for (int64_t i = 0; i < count; ++i) decode(k + (indices ? indices[i] : first + i) * dim, dim, rows + i * dim);
   pack_keys(rows, nullptr, 0, count, dim, packed);
@@ -204,9 +215,7 @@ struct PairLanes {
 };
 GLM5_INLINE PairLanes load_step(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 GLM5_INLINE PairLanes splat_step(const uint32_t* p) { return {_mm512_set1_epi32(static_cast<int>(*p))}; }
-GLM5_INLINE F multiply_add(PairLanes a, PairLanes b, F c) {
-  return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
-}
+GLM5_INLINE F multiply_add(PairLanes a, PairLanes b, F c) { return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)}; }
 #endif
 GLM5_INLINE F load_step(const float* p) { return load(p); }
 GLM5_INLINE F splat_step(const float* p) { return splat<F>(*p); }

@@ -212,8 +212,7 @@ std::vector<int64_t> group_bounds(const char* op, const Tensor& ends_in, int64_t
 // The products of groups [bounds[e], bounds[e + 1]) with w[e] [N, K]: y = x w^T, or for dx, x = dy w.
 Tensor grouped_rows(const char* op, const char* name, const Tensor& x_in, const Tensor& w_in, const Tensor& group_ends,
                     bool transposed) {
-  const Dtype dtype =
-      check_pair(op, name, x_in, 2, transposed ? "[M, N]" : "[M, K]", "w", w_in, 3, "[E, N, K]");
+  const Dtype dtype = check_pair(op, name, x_in, 2, transposed ? "[M, N]" : "[M, K]", "w", w_in, 3, "[E, N, K]");
   check_size(op, "w", w_in, transposed ? 1 : 2, x_in.size(1), transposed ? "dimension 1 of dy" : "dimension 1 of x");
   const std::vector<int64_t> bounds = group_bounds(op, group_ends, x_in.size(0));
   const int64_t groups = w_in.size(0);

@@ -86,8 +86,7 @@ struct TileRows {
 // Probabilities and their slopes dP of keys [block, block + keys) from scores, in place; zeros where a row does not see
 // the key, whatever that key holds. Adds to delta.
 template <class T>
-void probabilities(const TileRows<T>& t, Acc<T> factor, int64_t block, int64_t keys, Acc<T>* p, Acc<T>* dp,
-                   Acc<T>* delta) {
+void probabilities(const TileRows<T>& t, Acc<T> factor, int64_t block, int64_t keys, Acc<T>* p, Acc<T>* dp, Acc<T>* delta) {
   using V = Vector<T>;
   using S = Acc<T>;
   constexpr int L = V::kLanes;
@@ -149,8 +148,7 @@ void backward_tile(const MlaAttentionArgs& a, const BackwardScratch<T>& s, const
   for (int64_t block = 0; block < num_keys; block += kBlock) {
     const int64_t keys = smaller(kBlock, num_keys - block);
     S *p = s.p + block * kRows, *dp = s.dp + block * kRows;
-    product(keys, vectors, s.dk, s.k + (first + block) * s.dk, s.dk, s.q_t, panel_stride<E>(a.dk), p, kRows,
-            Into::replace);
+    product(keys, vectors, s.dk, s.k + (first + block) * s.dk, s.dk, s.q_t, panel_stride<E>(a.dk), p, kRows, Into::replace);
     product(keys, vectors, s.dv, s.v + (first + block) * s.dv, s.dv, s.dout_t, panel_stride<E>(a.dv), dp, kRows,
             Into::replace);
     probabilities(t, static_cast<S>(a.scale * kLog2e), block, keys, p, dp, t.delta);
@@ -214,8 +212,7 @@ void backward_segment(const MlaAttentionArgs& a, const MlaSegment& segment, int6
   std::memset(s.dv_sum, 0, sizeof(S) * static_cast<size_t>(keys * s.wide_dv));
   const TileSession session;
 
-  for (int64_t tile = segment.begin; tile < segment.end; ++tile)
-    backward_tile(a, s, a.tiles[tile], head, segment.ks);
+  for (int64_t tile = segment.begin; tile < segment.end; ++tile) backward_tile(a, s, a.tiles[tile], head, segment.ks);
 
   const V scale = splat<V>(static_cast<S>(a.scale));
   for (int64_t j = 0; j < keys; ++j) {
@@ -228,9 +225,8 @@ void backward_segment(const MlaAttentionArgs& a, const MlaSegment& segment, int6
 
 template <class T>
 void backward(const MlaAttentionArgs& a) {
-  parallel_tasks(a.num_segments * a.heads, [&](int64_t task) {
-    backward_segment<T>(a, a.segments[a.order[task / a.heads]], task % a.heads);
-  });
+  parallel_tasks(a.num_segments * a.heads,
+                 [&](int64_t task) { backward_segment<T>(a, a.segments[a.order[task / a.heads]], task % a.heads); });
 }
 
 }  // namespace

@@ -8,10 +8,10 @@
 
 // bf16 on AMX has kernels of its own; the rest goes the common way.
 #if defined(__x86_64__)
-#define GLM5_CALL_MLA_KERNEL(fn, args)                                                      \
-  do {                                                                                      \
+#define GLM5_CALL_MLA_KERNEL(fn, args) \
+  do { \
     if ((args).dtype == 0 && ::glm5::current_isa() == ::glm5::Isa::amx) ::glm5::cpu::amx::fn(args); \
-    else GLM5_CALL_KERNEL((args).dtype == 2, fn, args);                                     \
+    else GLM5_CALL_KERNEL((args).dtype == 2, fn, args); \
   } while (0)
 #else
 #define GLM5_CALL_MLA_KERNEL(fn, args) GLM5_CALL_KERNEL((args).dtype == 2, fn, args)
@@ -19,7 +19,6 @@
 
 namespace glm5 {
 namespace {
-
 
 MlaAttentionArgs common_args(const char* op, const Tensor& q, const Tensor& k, const Tensor& ks, const Tensor& ke,
                              double scale) {
@@ -55,8 +54,8 @@ MlaAttentionArgs common_args(const char* op, const Tensor& q, const Tensor& k, c
   args.ke = static_cast<const int32_t*>(ke.const_data_ptr());
   for (int64_t i = 0; i < args.num_queries; ++i)
     if (args.ks[i] < args.ke[i] && (args.ks[i] < 0 || args.ke[i] > args.num_keys))
-      fail(op, ": query ", i, " has the key range [", args.ks[i], ", ", args.ke[i], "), want one within [0, ",
-           args.num_keys, ")");
+      fail(op, ": query ", i, " has the key range [", args.ks[i], ", ", args.ke[i], "), want one within [0, ", args.num_keys,
+           ")");
   return args;
 }
 
@@ -175,8 +174,8 @@ struct Segments {
   }
 };
 
-std::tuple<Tensor, Tensor> mla_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                                         const Tensor& ks_in, const Tensor& ke_in, double scale) {
+std::tuple<Tensor, Tensor> mla_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& ks_in,
+                                         const Tensor& ke_in, double scale) {
   const char* op = "mla_attention";
   const Tensor q = torch::stable::contiguous(q_in), k = torch::stable::contiguous(k_in);
   const Tensor v = torch::stable::contiguous(v_in);
@@ -194,8 +193,8 @@ std::tuple<Tensor, Tensor> mla_attention(const Tensor& q_in, const Tensor& k_in,
 
 std::tuple<Tensor, Tensor, Tensor> mla_attention_backward(const Tensor& dout_in, const std::optional<Tensor>& dlse_in,
                                                           const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                                                          const Tensor& lse_in, const Tensor& ks_in,
-                                                          const Tensor& ke_in, double scale) {
+                                                          const Tensor& lse_in, const Tensor& ks_in, const Tensor& ke_in,
+                                                          double scale) {
   const char* op = "mla_attention_backward";
   const Tensor q = torch::stable::contiguous(q_in), k = torch::stable::contiguous(k_in);
   const Tensor v = torch::stable::contiguous(v_in), dout = torch::stable::contiguous(dout_in);

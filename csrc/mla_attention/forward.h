@@ -10,8 +10,10 @@ namespace {
 
 // Keys are taken in blocks of this many, counted from the ks of the query row itself: the unit of the online softmax. And
 // the rows whose scores and probabilities of one block are held at a time, so that they stay in the nearest caches.
-template <class E> inline constexpr int64_t kKeyBlock = kTiles<E> ? 128 : 256;
-template <class E> inline constexpr int64_t kGroupRows = kTiles<E> ? 64 : 24;
+template <class E>
+inline constexpr int64_t kKeyBlock = kTiles<E> ? 128 : 256;
+template <class E>
+inline constexpr int64_t kGroupRows = kTiles<E> ? 64 : 24;
 
 template <class T>
 struct ForwardScratch {
@@ -19,7 +21,7 @@ struct ForwardScratch {
   using S = Acc<T>;
   int64_t dk, dv;        // rounded up to kStep; to a vector
   E *q, *k, *v, *p;      // [rows][dk], packed K^T of a block, packed V of a block, [kGroupRows][kKeyBlock]
-  S *scores[2];          // [kGroupRows][kKeyBlock]; the second on tiles alone, for the next group
+  S* scores[2];          // [kGroupRows][kKeyBlock]; the second on tiles alone, for the next group
   S *pv, *out;           // [kGroupRows][dv], [rows][dv]
   S *largest, *total;    // [rows]: the running maximum of the scaled scores, and the sum of 2^(score - maximum)
 
@@ -48,8 +50,7 @@ struct Group {
   int64_t num_keys[kPlaces], most = 0;
   alignas(64) Acc<T> shift[kPlaces], fade[kPlaces];  // minus the new maximum; and the factor
 
-  Group(const MlaAttentionArgs& a, const MlaRowTile& tile, int64_t first_row, int64_t rows, int64_t first_key,
-        int64_t width)
+  Group(const MlaAttentionArgs& a, const MlaRowTile& tile, int64_t first_row, int64_t rows, int64_t first_key, int64_t width)
       : first(first_row), count(smaller(kGroupRows<Operand<T>>, rows - first_row)) {
     for (int64_t r = 0; r < count; ++r) {
       const int64_t row = tile.begin + first + r;
@@ -94,8 +95,8 @@ struct RowWeigher {
     if (row >= g.count) return;
     if (g.num_keys[row]) {
       Acc<T>& total = s.total[g.first + row];
-      total = total * g.fade[row] + weigh<T>(scores + row * kKeyBlock<E>, s.p + row * kKeyBlock<E>, g.num_keys[row],
-                                             scale, g.shift[row]);
+      total = total * g.fade[row] +
+              weigh<T>(scores + row * kKeyBlock<E>, s.p + row * kKeyBlock<E>, g.num_keys[row], scale, g.shift[row]);
     }
     ++row;
   }
@@ -121,8 +122,8 @@ void add_values(const ForwardScratch<T>& s, const Group<T>& g, bool first_block)
             Into::replace);
     for (int64_t i = r; i < r + together; ++i)
       if (g.num_keys[i] > least)
-        product(1, s.dv / L, g.num_keys[i] - least, s.p + i * kKeyBlock<E> + least, kKeyBlock<E>,
-                s.v + least * kPanel<E>, stride, s.pv + i * s.dv, s.dv, Into::resume);
+        product(1, s.dv / L, g.num_keys[i] - least, s.p + i * kKeyBlock<E> + least, kKeyBlock<E>, s.v + least * kPanel<E>,
+                stride, s.pv + i * s.dv, s.dv, Into::resume);
   }
   for (int64_t r = 0; r < g.count; ++r) {
     if (g.num_keys[r] == 0) continue;
@@ -250,8 +251,7 @@ void forward_tile(const MlaAttentionArgs& a, const MlaRowTile& tile, int64_t hea
       continue;
     }
     const V total = splat<V>(s.total[r]), plus_zero = splat<V>(0);
-    for (int64_t i = 0; i < a.dv; i += L)
-      store_n(out + i, (lanes(s.out + r * s.dv + i) + plus_zero) / total, a.dv - i);
+    for (int64_t i = 0; i < a.dv; i += L) store_n(out + i, (lanes(s.out + r * s.dv + i) + plus_zero) / total, a.dv - i);
     *lse = static_cast<S>(s.largest[r] * static_cast<S>(kLn2) + natural_log(s.total[r]));
   }
 }

@@ -10,25 +10,37 @@ namespace glm5::cpu::GLM5_ISA {
 namespace {
 
 // What a product reads for storage type T. Only AVX-512 multiplies bf16; the others widen it while packing.
-template <class T> struct OperandFor { using Type = T; };
+template <class T>
+struct OperandFor {
+  using Type = T;
+};
 #if GLM5_ISA_LEVEL < 2
-template <> struct OperandFor<bf16> { using Type = float; };
+template <>
+struct OperandFor<bf16> {
+  using Type = float;
+};
 #endif
-template <class T> using Operand = typename OperandFor<T>::Type;
+template <class T>
+using Operand = typename OperandFor<T>::Type;
 
 // Whether products of E run on the AMX tile unit: bf16, in the files compiled for it.
 #ifdef GLM5_MLA_TILES
-template <class E> inline constexpr bool kTiles = sizeof(E) == 2;
+template <class E>
+inline constexpr bool kTiles = sizeof(E) == 2;
 #else
-template <class E> inline constexpr bool kTiles = false;
+template <class E>
+inline constexpr bool kTiles = false;
 #endif
 
 // Elements of k that one multiply-add takes.
-template <class E> inline constexpr int kPair = sizeof(E) == 2 ? 2 : 1;
+template <class E>
+inline constexpr int kPair = sizeof(E) == 2 ? 2 : 1;
 // A product reads k, and the rows of A and C, up to a multiple of these. A tile takes 32 of k whatever the count: both
 // operands hold zeros there. What it computes for rows beyond the count is never looked at, but needs its place in C.
-template <class E> inline constexpr int kStep = kTiles<E> ? 32 : kPair<E>;
-template <class E> inline constexpr int kRowStep = kTiles<E> ? 16 : 1;
+template <class E>
+inline constexpr int kStep = kTiles<E> ? 32 : kPair<E>;
+template <class E>
+inline constexpr int kRowStep = kTiles<E> ? 16 : 1;
 // The register tile: rows times vectors of columns, within 32 vector registers (AVX-512) or 16.
 #ifdef GLM5_MLA_TILES
 inline constexpr int kTileRows = 6, kTileVectors = 2;  // a panel is as wide as two tiles: what a step reads is contiguous
@@ -36,24 +48,29 @@ inline constexpr int kTileRows = 6, kTileVectors = 2;  // a panel is as wide as 
 inline constexpr int kTileRows = 6, kTileVectors = GLM5_ISA_LEVEL == 2 ? 4 : 2;
 #endif
 // Columns of a packed panel; B is [panel][k / kPair, up to kStep][kPanel][kPair].
-template <class E> inline constexpr int kPanel = kTileVectors * Vector<E>::kLanes;
+template <class E>
+inline constexpr int kPanel = kTileVectors * Vector<E>::kLanes;
 
 GLM5_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 GLM5_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 GLM5_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-template <class E> GLM5_INLINE int64_t panel_stride(int64_t k) { return round_up(k, kStep<E>) * kPanel<E>; }
+template <class E>
+GLM5_INLINE int64_t panel_stride(int64_t k) {
+  return round_up(k, kStep<E>) * kPanel<E>;
+}
 // Elements of B for `columns` columns.
-template <class E> GLM5_INLINE int64_t packed_size(int64_t columns, int64_t k) {
+template <class E>
+GLM5_INLINE int64_t packed_size(int64_t columns, int64_t k) {
   return round_up(columns, kPanel<E>) / kPanel<E> * panel_stride<E>(k);
 }
-
 
 // Carves arrays out of one buffer of this thread. Used twice: on a null buffer it only counts.
 struct Carver {
   char* base;
   size_t used = 0;
-  template <class X> X* take(int64_t count) {
+  template <class X>
+  X* take(int64_t count) {
     X* p = base ? reinterpret_cast<X*>(base + used) : nullptr;
     used += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(X)), 64));
     return p;
@@ -144,8 +161,7 @@ __attribute__((noinline)) void product_tile(int64_t k, const E* a, int64_t lda, 
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int j = 0; j < C; ++j)
-        store(c + r * ldc + j * L, lanes(c + r * ldc + j * L) + sums[r][j]);
+      for (int j = 0; j < C; ++j) store(c + r * ldc + j * L, lanes(c + r * ldc + j * L) + sums[r][j]);
   } else {
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
@@ -272,7 +288,8 @@ struct TileSession {
 };
 #endif
 
-template <class E, class T> GLM5_INLINE E as_operand(T x) {
+template <class E, class T>
+GLM5_INLINE E as_operand(T x) {
   if constexpr (sizeof(E) == sizeof(T)) return x;
   else return to_float(x);
 }
@@ -356,8 +373,8 @@ void pack_rows(E* dst, int64_t dst_stride, const T* src, int64_t stride, int64_t
         const __m256i none = _mm256_setzero_si256();
         const __m256i even = i < k ? _mm256_maskz_loadu_epi16(first_n(n), row) : none;
         const __m256i odd = i + 1 < k ? _mm256_maskz_loadu_epi16(first_n(n), row + stride) : none;
-        _mm512_storeu_si512(out, _mm512_or_si512(_mm512_cvtepu16_epi32(even),
-                                                 _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16)));
+        _mm512_storeu_si512(out,
+                            _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16)));
 #endif
       } else {
         store(out, load_n(row, n));
@@ -371,7 +388,8 @@ void copy_rows(E* dst, int64_t width, const T* src, int64_t stride, int64_t rows
   for (int64_t r = 0; r < rows; ++r) {
     E* out = dst + r * width;
     if constexpr (sizeof(E) == sizeof(T)) std::memcpy(out, src + r * stride, static_cast<size_t>(columns) * sizeof(E));
-    else for (int64_t i = 0; i < columns; ++i) out[i] = to_float(src[r * stride + i]);
+    else
+      for (int64_t i = 0; i < columns; ++i) out[i] = to_float(src[r * stride + i]);
     for (int64_t i = columns; i < width; ++i) out[i] = E{};
   }
 }

@@ -42,16 +42,21 @@ GLM5_INLINE D pow2(D x) { return {D::Native{__builtin_exp2(x.v[0]), __builtin_ex
 #endif
 
 // The numbers of the lanes, from 0.
-template <class V> GLM5_INLINE V lane_numbers() {
+template <class V>
+GLM5_INLINE V lane_numbers() {
   typename V::Scalar n[V::kLanes];
   for (int i = 0; i < V::kLanes; ++i) n[i] = static_cast<typename V::Scalar>(i);
   return lanes(n);
 }
 
 // Stores an operand of a later product, rounded to nearest even.
-template <class E> GLM5_INLINE void store_operand(E* p, Vector<E> x) { store(p, x); }
+template <class E>
+GLM5_INLINE void store_operand(E* p, Vector<E> x) {
+  store(p, x);
+}
 #if GLM5_ISA_LEVEL == 2
-template <> GLM5_INLINE void store_operand<bf16>(bf16* p, F x) {
+template <>
+GLM5_INLINE void store_operand<bf16>(bf16* p, F x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)));
 }
 #endif

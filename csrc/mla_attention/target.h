@@ -39,8 +39,8 @@ void target_tile(const MlaAttentionArgs& a, const MlaRowTile& tile) {
     const int64_t first_key = tile.ks + block, width = smaller(kTargetBlock, tile.ke - first_key);
     for (int64_t head = 0; head < a.heads; ++head) {
       copy_rows(q, dk, static_cast<const T*>(a.q) + tile.begin * stride + head * a.dk, stride, rows, a.dk);
-      pack_transposed(k, panel_stride<E>(a.dk), static_cast<const T*>(a.k) + first_key * stride + head * a.dk, stride,
-                      width, a.dk);
+      pack_transposed(k, panel_stride<E>(a.dk), static_cast<const T*>(a.k) + first_key * stride + head * a.dk, stride, width,
+                      a.dk);
       product(rows, (width + L - 1) / L, dk, q, dk, k, panel_stride<E>(a.dk), scores, kTargetBlock, Into::replace);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t n = smaller(width, num_keys(r) - block);

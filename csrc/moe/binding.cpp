@@ -44,8 +44,8 @@ void check_slots(const char* op, const Tensor& slots, int64_t num_slots) {
   std::vector<bool> seen(num_slots, false);
   for (int64_t i = 0; i < slots.numel(); ++i) {
     if (p[i] < -1 || p[i] >= num_slots)
-      fail(op, ": slot_of_row[", i / slots.size(1), ", ", i % slots.size(1), "] is ", p[i], ", want 0 <= slot < ",
-           num_slots, " (the rows given), or -1 for none");
+      fail(op, ": slot_of_row[", i / slots.size(1), ", ", i % slots.size(1), "] is ", p[i], ", want 0 <= slot < ", num_slots,
+           " (the rows given), or -1 for none");
     if (p[i] < 0) continue;
     if (seen[p[i]]) fail(op, ": slot_of_row holds slot ", p[i], " twice");
     seen[p[i]] = true;
@@ -137,7 +137,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_permute(const Tensor& x_in, const
   if (num_experts < 1) fail(op, ": num_experts is ", num_experts, ", want at least 1");
   check_ids(op, "ids", ids, num_experts);
   check_size(op, "ids", ids, 0, x.size(0), "the tokens of x");
-  if (ids.numel() > std::numeric_limits<int32_t>::max()) fail(op, ": ids has shape ", shape_of(ids), ", want below 2^31 slots");
+  if (ids.numel() > std::numeric_limits<int32_t>::max())
+    fail(op, ": ids has shape ", shape_of(ids), ", want below 2^31 slots");
   MoePermuteArgs args{};
   args.tokens = x.size(0);
   args.topk = ids.size(1);
@@ -229,8 +230,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
   m.def(
       "moe_router(Tensor logits, Tensor bias, int topk, int num_groups, int topk_groups, bool renormalize, "
       "float scaling, Tensor? replay) -> (Tensor weights, Tensor ids)");
-  m.def(
-      "moe_router_backward(Tensor dweights, Tensor logits, Tensor ids, bool renormalize, float scaling) -> Tensor");
+  m.def("moe_router_backward(Tensor dweights, Tensor logits, Tensor ids, bool renormalize, float scaling) -> Tensor");
   m.def(
       "moe_permute(Tensor x, Tensor ids, int num_experts) -> "
       "(Tensor xp, Tensor row_of_slot, Tensor slot_of_row, Tensor group_ends)");

@@ -101,8 +101,7 @@ struct Scratch {
 };
 
 int64_t choose(const MoeRouterArgs& a, const Scratch& s, int32_t* ids) {
-  if (a.groups == 1)
-    return largest(s.keys, a.experts, a.topk, [](int64_t) { return true; }, s.best, ids);
+  if (a.groups == 1) return largest(s.keys, a.experts, a.topk, [](int64_t) { return true; }, s.best, ids);
   const int64_t size = a.experts / a.groups;
   for (int64_t g = 0; g < a.groups; ++g) {  // a group's score is the sum of its two best keys
     double first = -__builtin_inf(), second = -__builtin_inf();

@@ -34,8 +34,7 @@ Tensor rms_norm(const Tensor& x_in, const Tensor& weight_in, double eps) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_in, const Tensor& x_in, const Tensor& weight_in,
-                                             double eps) {
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_in, const Tensor& x_in, const Tensor& weight_in, double eps) {
   const char* op = "rms_norm_backward";
   const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
   const Tensor dy = torch::stable::contiguous(dy_in);
@@ -109,8 +108,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, float eps) -> (Tensor dx, Tensor dweight)");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
-  m.def(
-      "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, float eps) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def("layer_norm_backward(Tensor dy, Tensor x, Tensor weight, float eps) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) {

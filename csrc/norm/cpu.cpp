@@ -40,8 +40,7 @@ void forward(const RmsNormArgs& a) {
       T* y = static_cast<T*>(a.y) + row * a.dim;
       const V scale = splat<V>(reciprocal_rms(x, a.dim, a.eps));
       int64_t i = 0;
-      for (; i + L <= a.dim; i += L)
-        store(y + i, through_storage<T>(load(x + i) * scale) * load(weight + i));
+      for (; i + L <= a.dim; i += L) store(y + i, through_storage<T>(load(x + i) * scale) * load(weight + i));
       if (i < a.dim)
         store_n(y + i, through_storage<T>(load_n(x + i, a.dim - i) * scale) * load_n(weight + i, a.dim - i), a.dim - i);
     }

@@ -41,5 +41,4 @@ struct LayerNormArgs {
 }  // namespace glm5
 
 GLM5_DECLARE_KERNEL(void rms_norm_forward(const RmsNormArgs& args); void rms_norm_backward(const RmsNormArgs& args))
-GLM5_DECLARE_KERNEL(void layer_norm_forward(const LayerNormArgs& args);
-                    void layer_norm_backward(const LayerNormArgs& args))
+GLM5_DECLARE_KERNEL(void layer_norm_forward(const LayerNormArgs& args); void layer_norm_backward(const LayerNormArgs& args))

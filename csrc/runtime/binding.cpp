@@ -36,17 +36,21 @@ PYBIND11_MODULE(_runtime, m) {
   m.doc() = "Host-side classes of glm5: sequence packing.";
 
   py::class_<Pack>(m, "Pack", "The documents that share one token budget, laid out one after the other.")
-      .def_property_readonly("documents", [](const Pack& p) { return to_numpy(p.documents); },
-                             "int64 [documents]: document ids, ascending")
-      .def_property_readonly("cu_seqlens", [](const Pack& p) { return to_numpy(p.cu_seqlens); },
-                             "int32 [documents + 1]: where each document starts; the last entry is the token count")
+      .def_property_readonly(
+          "documents", [](const Pack& p) { return to_numpy(p.documents); }, "int64 [documents]: document ids, ascending")
+      .def_property_readonly(
+          "cu_seqlens", [](const Pack& p) { return to_numpy(p.cu_seqlens); },
+          "int32 [documents + 1]: where each document starts; the last entry is the token count")
       .def_property_readonly("num_tokens", &Pack::num_tokens, "tokens in all documents of the pack")
-      .def("positions", [](const Pack& p) { return to_numpy(p.positions()); },
-           "int32 [num_tokens]: each token's place inside its document")
-      .def("ks", [](const Pack& p) { return to_numpy(p.ks()); },
-           "int32 [num_tokens]: first key a token may attend to (its document's start), counted from the pack's start")
-      .def("ke", [](const Pack& p) { return to_numpy(p.ke()); },
-           "int32 [num_tokens]: one past the last key a token may attend to (itself), counted from the pack's start")
+      .def(
+          "positions", [](const Pack& p) { return to_numpy(p.positions()); },
+          "int32 [num_tokens]: each token's place inside its document")
+      .def(
+          "ks", [](const Pack& p) { return to_numpy(p.ks()); },
+          "int32 [num_tokens]: first key a token may attend to (its document's start), counted from the pack's start")
+      .def(
+          "ke", [](const Pack& p) { return to_numpy(p.ke()); },
+          "int32 [num_tokens]: one past the last key a token may attend to (itself), counted from the pack's start")
       .def("__repr__", [](const Pack& p) {
         return "Pack(" + std::to_string(p.documents.size()) + " documents, " + std::to_string(p.num_tokens()) + " tokens)";
       });

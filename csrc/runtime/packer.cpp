@@ -66,8 +66,7 @@ std::vector<Pack> SequencePacker::pack(const int64_t* lengths, int64_t count) co
   for (Pack& pack : packs) {
     std::sort(pack.documents.begin(), pack.documents.end());
     pack.cu_seqlens.push_back(0);
-    for (int64_t id : pack.documents)
-      pack.cu_seqlens.push_back(pack.cu_seqlens.back() + static_cast<int32_t>(lengths[id]));
+    for (int64_t id : pack.documents) pack.cu_seqlens.push_back(pack.cu_seqlens.back() + static_cast<int32_t>(lengths[id]));
   }
   std::sort(packs.begin(), packs.end(),
             [](const Pack& a, const Pack& b) { return a.documents.front() < b.documents.front(); });

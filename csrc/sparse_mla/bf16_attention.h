@@ -24,7 +24,10 @@ struct Shape {
   const SparseMlaArgs& a;
   int64_t lanes, dim32, value32, topk32;
   explicit Shape(const SparseMlaArgs& args)
-      : a(args), lanes(round_up(args.heads, 16)), dim32(round_up(args.dim, 32)), value32(round_up(args.value_dim, 32)),
+      : a(args),
+        lanes(round_up(args.heads, 16)),
+        dim32(round_up(args.dim, 32)),
+        value32(round_up(args.value_dim, 32)),
         topk32(round_up(args.topk, 32)) {}
   int64_t block() const { return topk32 < kPairBlock ? topk32 : kPairBlock; }
 };

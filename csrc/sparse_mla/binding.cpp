@@ -6,11 +6,10 @@
 
 // Calls the kernel of the set in force, where there are tiles for bf16 the one that uses them.
 #if defined(__x86_64__)
-#define GLM5_CALL_SPARSE_MLA(fn, args)                                                    \
-  do {                                                                                    \
-    if ((args).dtype == 0 && ::glm5::current_isa() == ::glm5::Isa::amx)                   \
-      ::glm5::cpu::amx::fn##_bf16(args);                                                  \
-    else GLM5_CALL_KERNEL((args).dtype == 2, fn, args);                                   \
+#define GLM5_CALL_SPARSE_MLA(fn, args) \
+  do { \
+    if ((args).dtype == 0 && ::glm5::current_isa() == ::glm5::Isa::amx) ::glm5::cpu::amx::fn##_bf16(args); \
+    else GLM5_CALL_KERNEL((args).dtype == 2, fn, args); \
   } while (0)
 #else
 #define GLM5_CALL_SPARSE_MLA(fn, args) GLM5_CALL_KERNEL((args).dtype == 2, fn, args)

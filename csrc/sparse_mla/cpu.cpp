@@ -25,7 +25,10 @@ constexpr int64_t kBlock = kSparseMlaBlock;
 GLM5_INLINE float log(float x) { return __builtin_logf(x); }
 GLM5_INLINE double log(double x) { return __builtin_log(x); }
 
-template <class V> constexpr int64_t padded(int64_t n) { return (n + V::kLanes - 1) / V::kLanes * V::kLanes; }
+template <class V>
+constexpr int64_t padded(int64_t n) {
+  return (n + V::kLanes - 1) / V::kLanes * V::kLanes;
+}
 
 template <class T>
 void widen(const T* from, Acc<T>* to, int64_t n) {
@@ -397,8 +400,7 @@ struct Backward {
     if constexpr (kWiden)
       parallel_tasks(row_tasks, [&](int64_t task) {
         const int64_t from = task * rows_per_task * a.dim, n = rows_of(task) * a.dim;
-        for (int64_t i = 0; i < n; i += L)
-          store_n(static_cast<T*>(a.dkv) + from + i, load_n(dkv + from + i, n - i), n - i);
+        for (int64_t i = 0; i < n; i += L) store_n(static_cast<T*>(a.dkv) + from + i, load_n(dkv + from + i, n - i), n - i);
       });
   }
 };

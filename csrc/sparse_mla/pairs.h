@@ -91,8 +91,7 @@ inline void pack_for_scores(const uint16_t* x, int64_t heads, int64_t dim, int64
     for (int64_t d = 0; d < dim; d += 32) {
       __m512i r[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i)
-        r[i] = h + i < heads ? load_32(x + (h + i) * dim + d, dim - d) : _mm512_setzero_si512();
+      for (int i = 0; i < 16; ++i) r[i] = h + i < heads ? load_32(x + (h + i) * dim + d, dim - d) : _mm512_setzero_si512();
       transpose_16x16(r);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + (d / 2 + i) * lanes + h, r[i]);
@@ -215,14 +214,18 @@ void score_tiles(const uint16_t* rows, int64_t pitch, int64_t n, const uint32_t*
   int64_t i = 0;
   for (; i + MK <= n; i += MK) {
     ahead.fetch(i, i + MK);
-    GLM5_COUNT_PATH(NV == 1 ? "sparse_mla pairs scores 8x1" : NV == 2 ? "sparse_mla pairs scores 6x2"
-                    : NV == 3 ? "sparse_mla pairs scores 6x3" : "sparse_mla pairs scores 6x4");
+    GLM5_COUNT_PATH(NV == 1   ? "sparse_mla pairs scores 8x1"
+                    : NV == 2 ? "sparse_mla pairs scores 6x2"
+                    : NV == 3 ? "sparse_mla pairs scores 6x3"
+                              : "sparse_mla pairs scores 6x4");
     score_tile<MK, NV>(rows + i * pitch, pitch, b, lanes, words, s + i * lanes);
   }
   ahead.fetch(i, ahead.n);
   for (; i < n; i += 2) {
-    GLM5_COUNT_PATH(NV == 1 ? "sparse_mla pairs scores 2x1" : NV == 2 ? "sparse_mla pairs scores 2x2"
-                    : NV == 3 ? "sparse_mla pairs scores 2x3" : "sparse_mla pairs scores 2x4");
+    GLM5_COUNT_PATH(NV == 1   ? "sparse_mla pairs scores 2x1"
+                    : NV == 2 ? "sparse_mla pairs scores 2x2"
+                    : NV == 3 ? "sparse_mla pairs scores 2x3"
+                              : "sparse_mla pairs scores 2x4");
     score_tile<2, NV>(rows + i * pitch, pitch, b, lanes, words, s + i * lanes);
   }
 }
@@ -390,8 +393,9 @@ void scatter_tile(const uint16_t* ds, const uint16_t* p, int64_t depth, int64_t 
 template <int MR>
 void scatter_rows(const uint16_t* ds, const uint16_t* p, int64_t depth, int64_t words, const uint32_t* q, int64_t dim32,
                   const uint32_t* dout, int64_t value32, float* const* c) {
-  GLM5_COUNT_PATH(MR == 6 ? "sparse_mla pairs scatter 6" : MR == 2 ? "sparse_mla pairs scatter 2"
-                  : "sparse_mla pairs scatter 1");
+  GLM5_COUNT_PATH(MR == 6   ? "sparse_mla pairs scatter 6"
+                  : MR == 2 ? "sparse_mla pairs scatter 2"
+                            : "sparse_mla pairs scatter 1");
   for (int64_t d = 0; d < dim32;) {
     const bool valued = d < value32;
     const int64_t end = valued ? value32 : dim32;

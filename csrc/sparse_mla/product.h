@@ -23,7 +23,8 @@ struct Product {
   const S* alpha;      // [rows], scale_add
 };
 
-template <int MR> GLM5_INLINE const char* path_name(bool wide, bool whole) {
+template <int MR>
+GLM5_INLINE const char* path_name(bool wide, bool whole) {
   if (MR == 6) return wide ? "sparse_mla wide tile 6" : whole ? "sparse_mla tile 6" : "sparse_mla masked tile 6";
   if (MR == 4) return wide ? "sparse_mla wide tile 4" : whole ? "sparse_mla tile 4" : "sparse_mla masked tile 4";
   if (MR == 2) return wide ? "sparse_mla wide tile 2" : whole ? "sparse_mla tile 2" : "sparse_mla masked tile 2";

@@ -13,7 +13,8 @@ namespace {
 struct Carver {
   uintptr_t base;
   size_t used = 0;
-  template <class X> X* take(int64_t count) {
+  template <class X>
+  X* take(int64_t count) {
     X* p = reinterpret_cast<X*>(base + used);
     used += (static_cast<size_t>(count) * sizeof(X) + 63) / 64 * 64;
     return p;

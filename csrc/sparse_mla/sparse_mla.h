@@ -36,6 +36,5 @@ inline constexpr int64_t kSparseMlaBlock = 64;
 }  // namespace glm5
 
 GLM5_DECLARE_KERNEL(void sparse_mla_find_bad_index(const SparseMlaArgs& args);
-                    void sparse_mla_forward(const SparseMlaArgs& args);
-                    void sparse_mla_backward(const SparseMlaArgs& args);
+                    void sparse_mla_forward(const SparseMlaArgs& args); void sparse_mla_backward(const SparseMlaArgs& args);
                     void sparse_mla_attn_target(const SparseMlaArgs& args))

@@ -12,7 +12,8 @@ namespace glm5::cpu::GLM5_ISA {
 namespace {
 
 constexpr int kScratchLogits = 0;
-template <class S> constexpr S kLowest = static_cast<S>(-__builtin_inf());
+template <class S>
+constexpr S kLowest = static_cast<S>(-__builtin_inf());
 
 int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -113,8 +114,7 @@ void forward(const TokenLogprobsArgs& a) {
 
 // dz = dlogp (1[target] - p) - dentropy p (log p + entropy), and dlogits = dz / temperature.
 template <class V, class T, class S>
-void logit_gradient(const S* z, int64_t cols, int64_t target, S dlogp, S dentropy, S lse, S entropy, S temperature,
-                    T* out) {
+void logit_gradient(const S* z, int64_t cols, int64_t target, S dlogp, S dentropy, S lse, S entropy, S temperature, T* out) {
   constexpr int L = V::kLanes;
   const V zero = splat<V>(0), shift = splat<V>(lse), h = splat<V>(entropy), t = splat<V>(temperature);
   const V gp = splat<V>(dlogp), gh = splat<V>(dentropy);
@@ -150,8 +150,9 @@ void backward(const TokenLogprobsArgs& a) {
   T* dlogits = static_cast<T*>(a.dlogits);
   for (int64_t vc = 0; vc < a.vocab; vc += kVocabChunk) {
     const int64_t vocab = at_most(kVocabChunk, a.vocab - vc);
-    S* dlm_head_sum = kNarrow ? static_cast<S*>(a.dlm_head_sum)
-                              : a.dlm_head ? static_cast<S*>(a.dlm_head) + vc * a.dim : nullptr;
+    S* dlm_head_sum = kNarrow      ? static_cast<S*>(a.dlm_head_sum)
+                      : a.dlm_head ? static_cast<S*>(a.dlm_head) + vc * a.dim
+                                   : nullptr;
     for (int64_t tc = 0; tc < a.tokens; tc += kTokenChunk) {
       const int64_t tokens = at_most(kTokenChunk, a.tokens - tc);
       const int64_t token_blocks = blocks_of(tokens, kTokenBlock);

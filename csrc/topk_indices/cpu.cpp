@@ -34,12 +34,15 @@ GLM5_INLINE int64_t order_of(double x) {
   return bits ^ ((bits >> 63) & 0x7fffffffffffffffll);
 }
 
-template <class T> struct Order;
-template <> struct Order<float> {
+template <class T>
+struct Order;
+template <>
+struct Order<float> {
   using Type = int32_t;
   static constexpr float kLowest = -FLT_MAX;
 };
-template <> struct Order<double> {
+template <>
+struct Order<double> {
   using Type = int64_t;
   static constexpr double kLowest = -DBL_MAX;
 };
@@ -53,7 +56,8 @@ GLM5_INLINE float value_of(int32_t order) {
 }
 
 constexpr int64_t kPad = 64;  // candidate arrays are filled up to a multiple of this with keys below every valid one
-template <class K> constexpr K kNoKey = static_cast<K>(sizeof(K) == 8 ? INT64_MIN : INT32_MIN);
+template <class K>
+constexpr K kNoKey = static_cast<K>(sizeof(K) == 8 ? INT64_MIN : INT32_MIN);
 
 // ---- what each instruction set does in its own way -----------------------------------------------------------------
 
@@ -192,8 +196,7 @@ int64_t to_keys(const float* values, int64_t n, int32_t* keys, int32_t* low, int
   __m512i bottom = _mm512_set1_epi32(INT32_MAX), top = _mm512_set1_epi32(INT32_MIN);
   for (int64_t i = 0; i < padded; i += 16) {
     const __m512 x = _mm512_add_ps(_mm512_maskz_loadu_ps(n > i ? first_n(n - i) : 0, values + i), _mm512_setzero_ps());
-    const __mmask16 valid =
-        _mm512_mask_cmp_ps_mask(n > i ? first_n(n - i) : 0, x, _mm512_set1_ps(-FLT_MAX), _CMP_GE_OQ);
+    const __mmask16 valid = _mm512_mask_cmp_ps_mask(n > i ? first_n(n - i) : 0, x, _mm512_set1_ps(-FLT_MAX), _CMP_GE_OQ);
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i flip = _mm512_and_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(0x7fffffff));
     const __m512i key = _mm512_mask_xor_epi32(_mm512_set1_epi32(INT32_MIN), valid, bits, flip);
@@ -256,8 +259,8 @@ GLM5_INLINE int64_t put(int32_t* out, __mmask16 chosen, __m512i positions) {
   return n;
 }
 
-int64_t emit_candidates(const int32_t* keys, const int32_t* positions, int64_t n, int32_t bound, int64_t ties,
-                        int64_t base, int32_t* out) {
+int64_t emit_candidates(const int32_t* keys, const int32_t* positions, int64_t n, int32_t bound, int64_t ties, int64_t base,
+                        int32_t* out) {
   const __m512i b = _mm512_set1_epi32(bound), shift = _mm512_set1_epi32(static_cast<int>(base));
   int64_t count = 0;
   for (int64_t i = 0; i < n; i += 16) {
@@ -305,8 +308,7 @@ int64_t pack_candidates(const float* row, int64_t n, float threshold, float* val
   for (; i + 8 <= n; i += 8) {
     const __m256 x = _mm256_loadu_ps(row + i);
     const int m = _mm256_movemask_ps(_mm256_cmp_ps(x, bound, _CMP_GE_OQ));
-    const __m256i places =
-        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLeft.places[m])));
+    const __m256i places = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLeft.places[m])));
     _mm256_storeu_ps(values + count, _mm256_permutevar8x32_ps(x, places));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(positions + count),
                         _mm256_add_epi32(places, _mm256_set1_epi32(static_cast<int>(i))));
@@ -332,8 +334,7 @@ int64_t pack_candidates(const float* row, int64_t n, float threshold, float* val
 // interval the next one is its middle. As the interval closes, the keys inside it move to `spare` (room for n / 4 and
 // 2 kPad) and probes count those alone. Now and then the ends move to keys that exist, which ends the search among ties.
 template <class K>
-K kth_largest(const K* keys, int64_t n, int64_t valid, int64_t k, int64_t slack, K low, K high, K* spare,
-              int64_t* above) {
+K kth_largest(const K* keys, int64_t n, int64_t valid, int64_t k, int64_t slack, K low, K high, K* spare, int64_t* above) {
   using U = std::conditional_t<sizeof(K) == 8, uint64_t, uint32_t>;
   int64_t at_low = valid, over_high = 0;  // how many are >= low, > high
   int64_t left_out = 0;                   // how many above the interval are no longer among `keys`

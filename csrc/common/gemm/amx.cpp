@@ -14,11 +14,11 @@ namespace glm5::cpu::amx {
 namespace {
 
 constexpr int kScratchTasks = 4, kScratchStream = 5, kScratchPacked = 6, kScratchSums = 7;
-constexpr int64_t kTile = 16, kStep = 32;          // lines and k of one tile
-constexpr int64_t kTileElements = kTile * kStep;   // 1 KiB of bf16
-constexpr int64_t kChunkLines = 512;               // of the packed operand: 256 KiB of L2 with kBlockK
-constexpr int64_t kBlockK = 256;                   // two tiles of lines of it are 16 KiB: a third of L1
-constexpr int64_t kWaveBytes = 32 << 20;           // packed at a time
+constexpr int64_t kTile = 16, kStep = 32;  // lines and k of one tile
+constexpr int64_t kTileElements = kTile * kStep;  // 1 KiB of bf16
+constexpr int64_t kChunkLines = 512;  // of the packed operand: 256 KiB of L2 with kBlockK
+constexpr int64_t kBlockK = 256;  // two tiles of lines of it are 16 KiB: a third of L1
+constexpr int64_t kWaveBytes = 32 << 20;  // packed at a time
 
 constexpr const char* kPathNames[2][2] = {{"gemm amx 1x1", "gemm amx 1x2"}, {"gemm amx 2x1", "gemm amx 2x2"}};
 
@@ -73,9 +73,8 @@ GLM5_INLINE void read_across(const Side& side, int64_t line, int64_t k, int64_t 
     return;
   }
   for (int i = 0; i < 16; ++i)
-    r[i] = k + 2 * i < k_end
-               ? Pairs::across(p + 2 * i * side.k_stride, side.k_stride, k_end - k - 2 * i, side.count - line)
-               : splat<F>(0.f);
+    r[i] = k + 2 * i < k_end ? Pairs::across(p + 2 * i * side.k_stride, side.k_stride, k_end - k - 2 * i, side.count - line)
+                             : splat<F>(0.f);
 }
 
 // Tiles of 16 lines over [k, k_end), one after another: for the packed operand in pairs (row i = pair i of every line), for
@@ -182,8 +181,8 @@ struct Unit {
   const GemmArgs* g;
   bool rows_are_packed;  // the packed operand is A
   int64_t packed_first, packed_last;
-  int64_t offset;        // of its tiles, in elements from the start of the wave's memory
-  int64_t stripe;        // streamed lines a task
+  int64_t offset;  // of its tiles, in elements from the start of the wave's memory
+  int64_t stripe;  // streamed lines a task
   int64_t first_pack_task, first_task;
 };
 
@@ -314,8 +313,7 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
       const bool direct = !pack && line + pair * kTile <= last;
       const int64_t direct_steps = direct ? (k1 - k0) / kStep : 0;
       if (k0 + direct_steps * kStep < k1)
-        pack_tile_pair<false>(side, line, k0 + direct_steps * kStep, k1, stream,
-                              stream + (block_steps + 1) * kTileElements);
+        pack_tile_pair<false>(side, line, k0 + direct_steps * kStep, k1, stream, stream + (block_steps + 1) * kTileElements);
       Stream in_place[2], in_scratch[2];
       for (int i = 0; i < 2; ++i) {
         bf16* own = stream + i * (block_steps + 1) * kTileElements;
@@ -349,8 +347,7 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
           continue;
         }
         for (int64_t i = 0; i < pair; ++i)
-          for (int64_t j = 0; j < two; ++j)
-            finish_tile(u, line + i * kTile, packed_line + j * kTile, c + (2 * i + j) * 256);
+          for (int64_t j = 0; j < two; ++j) finish_tile(u, line + i * kTile, packed_line + j * kTile, c + (2 * i + j) * 256);
       }
     }
   }
@@ -393,7 +390,7 @@ void gemm_bf16(const GemmArgs* products, int64_t count) {
       lines += streamed_of(units[end]).count;
     }
     bf16* wave = static_cast<bf16*>(thread_scratch(kScratchPacked, elements * sizeof(bf16)));
-    const auto unit_at = [&](int64_t task, int64_t Unit::*first) -> const Unit& {
+    const auto unit_at = [&](int64_t task, int64_t Unit::* first) -> const Unit& {
       int64_t low = begin, high = end - 1;
       while (low < high) {
         const int64_t middle = (low + high + 1) / 2;

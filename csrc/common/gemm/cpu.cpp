@@ -160,8 +160,8 @@ template <class K>
 using Multiply = void (*)(int64_t, const char*, int64_t, const typename K::S*, int64_t, typename K::S*);
 
 template <class K, int kRows>
-GLM5_INLINE void run_multiply(int rows, int panels, int64_t steps, const char* a, int64_t a_row,
-                              const typename K::S* b, int64_t panel_size, typename K::S* out) {
+GLM5_INLINE void run_multiply(int rows, int panels, int64_t steps, const char* a, int64_t a_row, const typename K::S* b,
+                              int64_t panel_size, typename K::S* out) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
       if (panels == 2) multiply<K, kRows, 2>(steps, a, a_row, b, panel_size, out);
@@ -172,16 +172,15 @@ GLM5_INLINE void run_multiply(int rows, int panels, int64_t steps, const char* a
   }
 }
 
-constexpr const char* kPathNames[2][12] = {
-    {"gemm 1x1", "gemm 2x1", "gemm 3x1", "gemm 4x1", "gemm 5x1", "gemm 6x1", "gemm 7x1", "gemm 8x1", "gemm 9x1",
-     "gemm 10x1", "gemm 11x1", "gemm 12x1"},
-    {"gemm 1x2", "gemm 2x2", "gemm 3x2", "gemm 4x2", "gemm 5x2", "gemm 6x2", "gemm 7x2", "gemm 8x2", "gemm 9x2",
-     "gemm 10x2", "gemm 11x2", "gemm 12x2"}};
+constexpr const char* kPathNames[2][12] = {{"gemm 1x1", "gemm 2x1", "gemm 3x1", "gemm 4x1", "gemm 5x1", "gemm 6x1",
+                                            "gemm 7x1", "gemm 8x1", "gemm 9x1", "gemm 10x1", "gemm 11x1", "gemm 12x1"},
+                                           {"gemm 1x2", "gemm 2x2", "gemm 3x2", "gemm 4x2", "gemm 5x2", "gemm 6x2",
+                                            "gemm 7x2", "gemm 8x2", "gemm 9x2", "gemm 10x2", "gemm 11x2", "gemm 12x2"}};
 
 // One row of a block's sums, `cols` of them: joins the earlier blocks' sums and, after the last block, the bias.
 template <class T, class V, class S>
 void finish_row(const S* sums, int64_t cols, const S* earlier, S* partial, const T* bias, void* out,
-                            bool out_is_accumulator) {
+                bool out_is_accumulator) {
   constexpr int L = V::kLanes;
   for (int64_t n = 0; n < cols; n += L) {
     const int64_t left = cols - n;
@@ -250,12 +249,11 @@ void run_tile(const GemmArgs& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
       for (int64_t p = 0; p < num_panels; p += kMaxPanels) {
         const int panels = num_panels - p < kMaxPanels ? static_cast<int>(num_panels - p) : kMaxPanels;
         GLM5_COUNT_PATH(kPathNames[panels - 1][r1 - r0 - 1]);
-        run_multiply<K, kMaxRows>(static_cast<int>(r1 - r0), panels, steps, rows_a, rows_a_stride,
-                                  packed_b + p * panel_size, panel_size, sums);
+        run_multiply<K, kMaxRows>(static_cast<int>(r1 - r0), panels, steps, rows_a, rows_a_stride, packed_b + p * panel_size,
+                                  panel_size, sums);
         const int64_t n = p * L, tile_cols = cols - n < panels * L ? cols - n : panels * L;
         for (int64_t r = r0; r < r1; ++r)
-          finish_row<T, V, S>(sums + (r - r0) * panels * L, tile_cols,
-                              joins ? partial + r * partial_row + n : nullptr,
+          finish_row<T, V, S>(sums + (r - r0) * panels * L, tile_cols, joins ? partial + r * partial_row + n : nullptr,
                               last ? nullptr : partial + r * partial_row + n, bias ? bias + n : nullptr,
                               c + (r * g.c_row + n) * out_size, out_is_accumulator);
       }

@@ -52,9 +52,15 @@ struct Pairs {
 };
 #endif
 
-template <class T> struct KindFor { using Type = Plain<T>; };
+template <class T>
+struct KindFor {
+  using Type = Plain<T>;
+};
 #if GLM5_ISA_LEVEL == 2
-template <> struct KindFor<bf16> { using Type = Pairs; };
+template <>
+struct KindFor<bf16> {
+  using Type = Pairs;
+};
 #endif
 
 // r[i][j] <-> r[j][i].

@@ -1,8 +1,8 @@
 // The ceiling of the AMX tile unit: four accumulator tiles fed from registers.
 #include "common/peak/peak.h"
 
-#include <cstring>
 #include <immintrin.h>
+#include <cstring>
 
 namespace glm5::cpu::amx {
 

@@ -45,9 +45,8 @@ __attribute__((visibility("default"))) double glm5_peak_flops(const char* name, 
   const bool bf16 = std::strcmp(name, "bf16") == 0;
   if (!bf16 && std::strcmp(name, "float32") != 0) return -1;
   std::atomic<int64_t> flops{0};
-  glm5::parallel_tasks(tasks, [&](int64_t) {
-    flops += static_cast<int64_t>(bf16 ? glm5::bf16_flops(20) : glm5::float32_flops(20));
-  });
+  glm5::parallel_tasks(
+      tasks, [&](int64_t) { flops += static_cast<int64_t>(bf16 ? glm5::bf16_flops(20) : glm5::float32_flops(20)); });
   return static_cast<double>(flops.load());
 }
 
