@@ -81,10 +81,11 @@ def streamed(queries: int, keys: int):
 
 
 def memory_cases(quick: bool):
-    for keys in (32768, 131072):
-        queries = 256
+    for queries, keys in ((256, 32768), (256, 131072), (96, 131072)):
         outputs = queries * TOPK * 4
-        strips = torch.get_num_threads() * (32 + 2) * keys * 4
+        # Many strips: one for each thread. Few: the threads share one after the other.
+        threads = torch.get_num_threads()
+        strips = (threads if -(-queries // 32) >= 2 * threads else 1) * (32 + 2) * keys * 4
         yield MemoryCase(
             f"lightning_indexer_topk {queries} x {keys} ([Tq, Tk] would be {queries * keys * 4 >> 20} MiB)",
             "benchmarks.ops.bench_lightning_indexer:streamed", {"queries": queries, "keys": keys},

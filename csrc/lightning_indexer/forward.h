@@ -99,8 +99,9 @@ R log_sum_exp(const R* row, int64_t n) {
   else return __builtin_logf(sum(total)) + largest;
 }
 
-// The scores of a strip of kBlockQueries rows live while one task leaves their top-k and lse behind; where there are too
-// few strips for the threads, one strip holds every row and the threads share the keys.
+// The scores of a strip of kBlockQueries rows live while one task leaves their top-k and lse behind. Where there are too
+// few strips for the threads, the threads share the keys of one strip after the other; of few keys, so many strips at a
+// time that there are up to four blocks of scores for each thread.
 template <class T>
 void topk(const LightningIndexerArgs& a) {
   using R = Real<T>;
@@ -112,16 +113,22 @@ void topk(const LightningIndexerArgs& a) {
   };
   const int64_t blocks = (a.num_queries + kBlockQueries - 1) / kBlockQueries;
   if (num_threads() > 1 && blocks < 2 * num_threads()) {
-    int64_t low, high;
-    visible_range(a, 0, a.num_queries, 0, a.num_keys, &low, &high);
-    const int64_t stride = max_of(high - low, 0), key_blocks = (stride + kBlockKeys - 1) / kBlockKeys;
-    R* strip = static_cast<R*>(thread_scratch(4, sizeof(R) * (stride * a.num_queries + 1)));
-    parallel_tasks(blocks * key_blocks, [&](int64_t task) {
-      const int64_t q0 = task % blocks * kBlockQueries, q1 = min_of(q0 + kBlockQueries, a.num_queries);
-      const int64_t first = low + task / blocks * kBlockKeys, last = min_of(first + kBlockKeys, high);
-      score_block<T>(a, q0, q1, first, last, strip + q0 * stride + first - low, stride);
-    });
-    parallel_tasks(a.num_queries, [&](int64_t t) { finish(t, strip + t * stride, low); });
+    const int64_t all_key_blocks = max_of((a.num_keys + kBlockKeys - 1) / kBlockKeys, 1);
+    const int64_t together = max_of(4 * num_threads() / all_key_blocks, 1) * kBlockQueries;
+    for (int64_t begin = 0; begin < a.num_queries; begin += together) {
+      const int64_t end = min_of(begin + together, a.num_queries);
+      const int64_t strips = (end - begin + kBlockQueries - 1) / kBlockQueries;
+      int64_t low, high;
+      visible_range(a, begin, end, 0, a.num_keys, &low, &high);
+      const int64_t stride = max_of(high - low, 0), key_blocks = (stride + kBlockKeys - 1) / kBlockKeys;
+      R* scores = static_cast<R*>(thread_scratch(4, sizeof(R) * (stride * (end - begin) + 1)));
+      parallel_tasks(strips * key_blocks, [&](int64_t task) {
+        const int64_t q0 = begin + task % strips * kBlockQueries, q1 = min_of(q0 + kBlockQueries, end);
+        const int64_t first = low + task / strips * kBlockKeys, last = min_of(first + kBlockKeys, high);
+        score_block<T>(a, q0, q1, first, last, scores + (q0 - begin) * stride + first - low, stride);
+      });
+      parallel_tasks(end - begin, [&](int64_t row) { finish(begin + row, scores + row * stride, low); });
+    }
     return;
   }
   parallel_tasks(blocks, [&](int64_t task) {
