@@ -24,8 +24,8 @@ template <class T>
 void score_selected(const LightningIndexerArgs& a, int64_t t, const int32_t* indices, int64_t count, Real<T>* scores);
 
 // The keys of [first, last) that any of the queries [q0, q1) sees lie in [*low, *high); empty if *low >= *high.
-inline void visible_range(const LightningIndexerArgs& a, int64_t q0, int64_t q1, int64_t first, int64_t last,
-                          int64_t* low, int64_t* high) {
+inline void visible_range(const LightningIndexerArgs& a, int64_t q0, int64_t q1, int64_t first, int64_t last, int64_t* low,
+                          int64_t* high) {
   *low = last, *high = first;
   for (int64_t t = q0; t < q1; ++t)
     if (a.ke[t] > a.ks[t]) *low = min_of(*low, a.ks[t]), *high = max_of(*high, a.ke[t]);
