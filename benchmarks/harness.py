@@ -36,11 +36,11 @@ class Case:
         name: what is measured, with its sizes: "linear bf16 M=64 N=K=4096".
         ours: runs our op once; packing and quantising done inside a call are inside its time.
         peer: runs the peer once, on the same inputs; None when there is none.
-        work: floating-point operations (or bytes, for peak "read") of one call of ours.
+        work: floating-point operations (or bytes, for peak "read") of one call of ours, times ``scale``.
         peak: which ceiling ``work`` is held against: "float32", "bf16" (both of the instruction set in force) or "read".
         peer_name: what the peer is.
-        peer_scale: multiplies the peer's time, where the peer is timed on a part; say so in ``note``.
-        peer_work: operations of one call of the peer where they differ from ours.
+        scale, peer_scale: multiply our time, the peer's, where it is taken on a part of the work; say so in ``note``.
+        peer_work: operations of one call of the peer, times ``peer_scale``, where they differ from ours.
         isa: instruction set to run ours on; None is the process's.
         goal_ratio, goal_share: what we want: peer time / our time at least this, share of the peak at least this.
         note: one line for the reader.
@@ -52,6 +52,7 @@ class Case:
     work: float = 0.0
     peak: str | None = None
     peer_name: str = "torch"
+    scale: float = 1.0
     peer_scale: float = 1.0
     peer_work: float | None = None
     isa: str | None = None
@@ -195,11 +196,11 @@ def run_case(case: Case, peaks: Peaks, seconds: float) -> Result:
         samples = time_interleaved([case.ours] + ([case.peer] if case.peer else []), seconds)
         if case.peak:
             peaks.measure(case.peak, isa)
-    ours = statistics.median(samples[0])
+    ours = statistics.median(samples[0]) * case.scale
     peer = statistics.median(samples[1]) * case.peer_scale if case.peer else None
     rate = case.work / ours if case.work else None
     if case.peak:
-        peaks.saw(case.peak, isa, case.work / min(samples[0]))
+        peaks.saw(case.peak, isa, case.work / (min(samples[0]) * case.scale))
         # A peer runs on whatever torch chooses: it tells something about the process's own set only.
         if peer and isa == _native.available_isas()[-1]:
             peaks.saw(case.peak, isa, (case.peer_work or case.work) / (min(samples[1]) * case.peer_scale))
