@@ -15,6 +15,21 @@ def test_dry_run_prints_the_resolved_recipe_and_makes_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [printed]
 
 
+@pytest.mark.parametrize("command", [["run", "foundation"], ["train", "pretrain"]])
+def test_overrides_may_stand_before_and_after_options(command, tmp_path, capsys):
+    assert main([*command, "seed=9", "--runs", str(tmp_path), "threads=1", "--dry-run", "name=other"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert {"seed = 9", "threads = 1", 'name = "other"'} <= set(printed)
+
+
+@pytest.mark.parametrize("arguments", [["run", "foundation", "--dry-run", "--no-such=1"], ["doctor", "seed=1"]])
+def test_an_argument_that_nobody_knows_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert f"{arguments[0]} does not know {arguments[-1]}; see glm5 {arguments[0]} --help" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -27,9 +27,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parses `argv`. argparse closes a KEY=VALUE list at the first option; here it goes on after it."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if hasattr(args, "overrides"):
+        args.overrides += [text for text in rest if "=" in text and not text.startswith("-")]
+        rest = [text for text in rest if text not in args.overrides]
+    if rest:
+        parser.error(f"{args.name} does not know {' '.join(rest)}; see glm5 {args.name} --help")
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs ``glm5 argv``; returns the exit status. A user's mistake (ValueError, OSError) ends in one line, no traceback."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     try:
         return args.run(args) or 0
     except BrokenPipeError:  # the reader (head, less) has seen enough
