@@ -1,11 +1,29 @@
-"""Type checks shared by the public functions. Shapes, dtypes and devices are checked by the compiled side, which raises
-ValueError; what is not even a tensor or a number raises TypeError here."""
+"""Checks shared by the public functions. Shapes, dtypes and values are checked by the compiled side (ValueError).
+
+Checked here is what never gets there: what is no tensor or integer (TypeError), and tensors on different devices
+(ValueError). torch gives a call to the kernels of one of those devices; with a meta tensor among them that is the fake
+kernel, which would answer with a tensor without values.
+"""
 
 import torch
 
 
 def want_tensors(op: str, **arguments) -> None:
-    """Raises TypeError naming the first argument that is not a torch.Tensor."""
+    """Raises TypeError naming the first argument that is not a torch.Tensor, ValueError naming one on another device."""
+    first = None
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{op}: {name} is {type(value).__name__}, want torch.Tensor")
+        if first is None:
+            first = name
+        elif value.device != arguments[first].device:
+            raise ValueError(
+                f"{op}: {name} is on {value.device} and {first} on {arguments[first].device}, want all on one device"
+            )
+
+
+def want_integers(op: str, **arguments) -> None:
+    """Raises TypeError naming the first argument that is not an integer."""
+    for name, value in arguments.items():
+        if not isinstance(value, int | torch.SymInt):
+            raise TypeError(f"{op}: {name} is {type(value).__name__}, want int")

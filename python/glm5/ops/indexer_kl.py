@@ -49,8 +49,10 @@ def lightning_indexer_kl(
         TypeError: an argument is not a tensor.
         ValueError: wrong dtype, shape or device, ks < 0, ke > Tk, indices out of range, not ascending or with a -1 inside.
     """
-    want_tensors("lightning_indexer_kl", q=q, k=k, weights=weights, ks=ks, ke=ke, attn_q=attn_q, attn_k=attn_k)
-    want_tensors("lightning_indexer_kl", attn_lse=attn_lse, **({} if indices is None else {"indices": indices}))
+    attention = {"attn_q": attn_q, "attn_k": attn_k, "attn_lse": attn_lse} | (
+        {} if indices is None else {"indices": indices}
+    )
+    want_tensors("lightning_indexer_kl", q=q, k=k, weights=weights, ks=ks, ke=ke, **attention)
     attention = (attn_q.detach(), attn_k.detach(), attn_lse.detach())
     return torch.ops.glm5.lightning_indexer_kl(q, k, weights, ks, ke, *attention, scale, indices)[0]
 

@@ -6,7 +6,7 @@ Projections, RoPE, the Hadamard rotation and quantisation are the caller's; so a
 import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
-from glm5.ops._checks import want_tensors
+from glm5.ops._checks import want_integers, want_tensors
 
 
 def lightning_indexer_logits(
@@ -34,7 +34,8 @@ def lightning_indexer_logits(
         TypeError: q, k, weights, ks or ke is not a tensor.
         ValueError: wrong dtype, shape or device, k_scale with keys that are not e4m3, ks < 0, ke > Tk.
     """
-    want_tensors("lightning_indexer_logits", q=q, k=k, weights=weights, ks=ks, ke=ke)
+    scale = {} if k_scale is None else {"k_scale": k_scale}
+    want_tensors("lightning_indexer_logits", q=q, k=k, **scale, weights=weights, ks=ks, ke=ke)
     return torch.ops.glm5.lightning_indexer_logits(q, k, k_scale, weights, ks, ke)
 
 
@@ -64,7 +65,9 @@ def lightning_indexer_topk(
     Raises:
         TypeError, ValueError: as ``lightning_indexer_logits``; topk < 0.
     """
-    want_tensors("lightning_indexer_topk", q=q, k=k, weights=weights, ks=ks, ke=ke)
+    scale = {} if k_scale is None else {"k_scale": k_scale}
+    want_tensors("lightning_indexer_topk", q=q, k=k, **scale, weights=weights, ks=ks, ke=ke)
+    want_integers("lightning_indexer_topk", topk=topk)
     return torch.ops.glm5.lightning_indexer_topk(q.detach(), k.detach(), k_scale, weights.detach(), ks, ke, topk)
 
 

@@ -6,7 +6,7 @@ The experts themselves are ``grouped_linear`` and ``silu_mul``.
 import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
-from glm5.ops._checks import want_tensors
+from glm5.ops._checks import want_integers, want_tensors
 
 
 def moe_router(
@@ -46,6 +46,7 @@ def moe_router(
             replayed id outside [-1, E) or twice in a row, a tensor not on the CPU.
     """
     want_tensors("moe_router", logits=logits, bias=bias, **({} if replay is None else {"replay": replay}))
+    want_integers("moe_router", topk=topk, num_groups=num_groups, topk_groups=topk_groups)
     return torch.ops.glm5.moe_router(logits, bias, topk, num_groups, topk_groups, renormalize, scaling, replay)
 
 
@@ -93,6 +94,7 @@ def moe_permute(
         ValueError: wrong dtypes or shapes, an id outside [-1, E), 2^31 slots or more, a tensor not on the CPU.
     """
     want_tensors("moe_permute", x=x, ids=ids)
+    want_integers("moe_permute", num_experts=num_experts)
     return torch.ops.glm5.moe_permute(x, ids, num_experts)
 
 

@@ -6,7 +6,7 @@ Which rows a query attends to is given; choosing them is ``lightning_indexer_top
 import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
-from glm5.ops._checks import want_tensors
+from glm5.ops._checks import want_integers, want_tensors
 
 
 def sparse_mla(
@@ -35,6 +35,7 @@ def sparse_mla(
         ValueError: wrong dtype, shape or device; d_v out of range; scale not finite; an index below -1 or >= Tk.
     """
     want_tensors("sparse_mla", q=q, kv=kv, indices=indices)
+    want_integers("sparse_mla", d_v=d_v)
     return torch.ops.glm5.sparse_mla(q, kv, indices, scale, d_v)
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
-from glm5.ops._checks import want_tensors
+from glm5.ops._checks import want_integers, want_tensors
 
 
 def topk_indices(
@@ -25,7 +25,9 @@ def topk_indices(
         TypeError: scores is not a tensor.
         ValueError: wrong dtype, shape or device, k < 0, ks < 0, ke > cols.
     """
-    want_tensors("topk_indices", scores=scores)
+    optional = {name: value for name, value in (("ks", ks), ("ke", ke)) if value is not None}
+    want_tensors("topk_indices", scores=scores, **optional)
+    want_integers("topk_indices", k=k)
     return torch.ops.glm5.topk_indices(scores.detach(), k, ks, ke)
 
 

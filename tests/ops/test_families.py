@@ -1,0 +1,84 @@
+"""What every public op has, whichever family it is of: a reference, a spec, a fake kernel, tests, a benchmark, errors."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+from glm5 import ops, reference
+from glm5.testing import RandomDraw, check, spec, specs
+
+ROOT = Path(__file__).parents[2]
+
+
+def drawn(name):
+    op = spec(name)
+    return op.draw(RandomDraw(1), torch.float32 if torch.float32 in op.dtypes else op.dtypes[0])
+
+
+def test_there_is_a_spec_and_a_reference_for_every_op_and_no_other():
+    assert set(ops.__all__) == set(reference.__all__) == set(specs())
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_an_op_has_all_its_rooms(name):
+    function = getattr(ops, name)
+    assert inspect.signature(function) == inspect.signature(getattr(reference, name))
+    for heading in ("Args:", "Returns:", "Raises:"):
+        assert heading in function.__doc__, f"{name}: no {heading} in its docstring"
+    family = function.__module__.rpartition(".")[2]
+    for path in (f"csrc/{family}/binding.cpp", f"tests/ops/test_{family}.py"):
+        assert name in (ROOT / path).read_text(), f"{path} never names {name}"
+    assert (ROOT / f"benchmarks/ops/bench_{family}.py").is_file()
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_the_conformance_kit_knows_ours(name):
+    report = check(name, cases=2)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_the_conformance_kit_refuses_what_is_a_little_wrong(name):
+    function = getattr(ops, name)
+
+    def wrong(**arguments):
+        outputs = function(**arguments)
+        first, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
+        first = first * 1.02 if first.is_floating_point() else torch.where(first > 0, first - 1, first)
+        return (first, *rest) if isinstance(outputs, tuple) else first
+
+    assert not check(name, impl=wrong, cases=8).ok
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_all_meta_gives_eager_shapes(name):
+    arguments = drawn(name)
+    meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    there, here = (getattr(ops, name)(**a) for a in (meta, arguments))
+    for a, b in zip(*(o if isinstance(o, tuple) else (o,) for o in (there, here)), strict=True):
+        assert a.device.type == "meta" and (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_an_argument_of_the_wrong_kind_is_named(name):
+    arguments, function = drawn(name), getattr(ops, name)
+    tensors = [k for k, v in arguments.items() if isinstance(v, torch.Tensor)]
+    for key in tensors:
+        value = arguments[key]
+        with pytest.raises(ValueError, match=rf"{name}: .*\b{key}\b"):  # of another dtype
+            function(**{**arguments, key: value.to(torch.complex64)})
+        with pytest.raises(ValueError, match=rf"{name}: .*\b{key}\b"):  # without dimensions
+            function(**{**arguments, key: value.new_zeros(())})
+        with pytest.raises(TypeError, match=f"{name}: {key} is list, want torch.Tensor"):
+            function(**{**arguments, key: [1.0]})
+        if len(tensors) > 1:
+            with pytest.raises(ValueError, match=f"{name}: .* want all on one device"):
+                function(**{**arguments, key: value.to("meta")})
+    for key, value in arguments.items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            with pytest.raises(ValueError, match=rf"{name}: .*\b{key}\b"):
+                function(**{**arguments, key: -1})
+            with pytest.raises(TypeError, match=f"{name}: {key} is str, want int"):
+                function(**{**arguments, key: "x"})
