@@ -25,6 +25,12 @@ RmsNormArgs rms_norm_args(const char* op, const Tensor& x, const Tensor& weight,
   return args;
 }
 
+void check_like_x(const char* op, const Tensor& dy, const Tensor& x) {
+  bool same = dy.dim() == x.dim();
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = dy.size(i) == x.size(i);
+  if (!same) fail(op, ": dy has shape ", shape_of(dy), ", want that of x, ", shape_of(x));
+}
+
 Tensor rms_norm(const Tensor& x_in, const Tensor& weight_in, double eps) {
   const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
   RmsNormArgs args = rms_norm_args("rms_norm", x, weight, eps);
@@ -41,7 +47,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_in, const Tensor& 
   RmsNormArgs args = rms_norm_args(op, x, weight, eps);
   check_cpu(op, "dy", dy);
   check_same_dtype(op, "dy", dy, "x", x);
-  if (dy.numel() != x.numel()) fail(op, ": dy has shape ", shape_of(dy), ", want that of x, ", shape_of(x));
+  check_like_x(op, dy, x);
   Tensor dx = empty_like_contiguous(x), dweight = empty_like_contiguous(weight);
   Tensor partial = empty_cpu({(args.rows + kRmsNormRowBlock - 1) / kRmsNormRowBlock, args.dim},
                              args.dtype == 2 ? ScalarType::Double : ScalarType::Float);
@@ -89,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_in, cons
   LayerNormArgs args = layer_norm_args(op, x, weight, eps);
   check_cpu(op, "dy", dy);
   check_same_dtype(op, "dy", dy, "x", x);
-  if (dy.numel() != x.numel()) fail(op, ": dy has shape ", shape_of(dy), ", want that of x, ", shape_of(x));
+  check_like_x(op, dy, x);
   Tensor dx = empty_like_contiguous(x), dweight = empty_like_contiguous(weight), dbias = empty_like_contiguous(weight);
   Tensor partial = empty_cpu({(args.rows + kRmsNormRowBlock - 1) / kRmsNormRowBlock, 2, args.dim},
                              args.dtype == 2 ? ScalarType::Double : ScalarType::Float);
