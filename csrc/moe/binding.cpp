@@ -112,6 +112,7 @@ Tensor moe_router_backward(const Tensor& dweights_in, const Tensor& logits_in, c
   MoeRouterArgs args = router_args(op, logits);
   check_ids(op, "ids", ids, args.experts);
   check_size(op, "ids", ids, 0, args.tokens, "the tokens of logits");
+  check_distinct(op, "ids", ids, args.experts);
   check_cpu(op, "dweights", dweights);
   check_same_dtype(op, "dweights", dweights, "logits", logits);
   check_dim(op, "dweights", dweights, 2, "[tokens, topk]");

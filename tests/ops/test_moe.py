@@ -260,3 +260,9 @@ SLOTS = torch.tensor([[0, 1], [3, 2]], dtype=torch.int32)
 def test_unpermute_bad_input(arguments, error, words):
     with pytest.raises(error, match=words):
         ops.moe_unpermute(*arguments)
+
+
+def test_router_backward_refuses_an_expert_chosen_twice():
+    ids = torch.tensor([[0, 1], [3, 3]], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"ids\[1\] holds expert 3 twice"):
+        torch.ops.glm5.moe_router_backward(torch.ones(2, 2), torch.ones(2, 8), ids, True, 1.0)
