@@ -2,6 +2,7 @@
 #include "indexer_kl/indexer_kl.h"
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -54,6 +55,7 @@ struct KlInputs {
     args.attn_heads = attn_q.size(1);
     args.attn_dim = attn_q.size(2);
     args.scale = scale;
+    if (!std::isfinite(scale)) fail(op, ": scale is ", scale, ", want a finite number");
     if (args.heads < 1 || args.dim < 1) fail(op, ": q has shape ", shape_of(q), ", want at least one head and dimension");
     if (args.attn_heads < 1 || args.attn_dim < 1)
       fail(op, ": attn_q has shape ", shape_of(attn_q), ", want at least one head and dimension");

@@ -277,6 +277,7 @@ def ints(*values):
         ({"k": torch.ones(20, 24).bfloat16()}, ValueError, "k has dtype"),
         ({"weights": torch.ones(2, 3)}, ValueError, "weights has shape"),
         ({"weights": torch.ones(2, 4).bfloat16()}, ValueError, "weights has dtype"),
+        ({"scale": float("nan")}, ValueError, "scale is nan"),
         ({"ks": ints(0, -1)}, ValueError, "ks is -1 for query 1"),
         ({"ke": ints(21, 3)}, ValueError, "ke is 21 for query 0"),
         ({"ke": torch.tensor([1, 2])}, ValueError, "ke has dtype"),
