@@ -96,6 +96,8 @@ std::tuple<Tensor, Tensor> sparse_mla_backward(const Tensor& dout_in, std::optio
   const Inputs in = contiguous_inputs(q, kv, indices);
   const Tensor dout = torch::stable::contiguous(dout_in), lse = torch::stable::contiguous(lse_in);
   check_dim(op, "dout", dout, 3, "[queries, heads, d_v]");
+  if (q.dim() == 3 && (dout.size(2) < 1 || dout.size(2) > q.size(2)))
+    fail(op, ": dout has shape ", shape_of(dout), ", want a last dimension of 1 to ", q.size(2), " (the dim of q and kv)");
   SparseMlaArgs args = shared_args(op, in, scale, dout.size(2));
   check_cpu(op, "dout", dout);
   check_same_dtype(op, "dout", dout, "q", in.q);

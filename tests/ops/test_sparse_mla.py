@@ -333,3 +333,10 @@ def test_every_tile_runs(isa):
                 everything(example(heads=heads, dim=108, d_v=69, dtype=dtype))
             everything(example(valid=11, dtype=dtype))
     assert not (missing := [name for name in paths(isa) if not counts.get(name)]), f"{missing} of {sorted(counts)}"
+
+
+def test_backward_names_a_dout_of_the_wrong_width():
+    q, kv, indices = torch.ones(2, 1, 4), torch.ones(3, 4), torch.zeros(2, 1, dtype=torch.int32)
+    for width in (0, 5):
+        with pytest.raises(ValueError, match="dout has shape"):
+            torch.ops.glm5.sparse_mla_backward(torch.ones(2, 1, width), None, q, kv, indices, torch.zeros(2, 1), 1.0)
