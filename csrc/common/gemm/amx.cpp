@@ -129,10 +129,45 @@ struct Stream {
   int64_t row_bytes, step_bytes;
 };
 
+// Rounds as to_bf16 does, but for float32 subnormals, which become 0: tile products flush them as well.
+GLM5_INLINE __m512i narrow_pair(F low, F high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)); }
+
+// What the vector unit does while tiles are multiplied, a little beside every step.
+struct Beside {
+  // A finished 32 x 32 block of sums, streamed lines being rows of c: `rows` of it are still to be rounded and stored.
+  const GemmArgs* g;
+  const float* sums;
+  int64_t m, n, rows;
+  // Lines to be streamed next, step_bytes of each a step.
+  const char* ahead;
+  int64_t ahead_lines, ahead_row_bytes;
+};
+
+// Stores up to `rows` rows more of the finished block.
+GLM5_INLINE void finish_beside(Beside& b, int64_t rows) {
+  const GemmArgs& g = *b.g;
+  for (; rows > 0 && b.rows > 0; --rows, --b.rows) {
+    const int64_t i = 32 - b.rows, at = (b.m + i) * g.c_row + b.n;
+    const float* tile = b.sums + (i / 16) * 512 + (i % 16) * 16;
+    F left = load(tile), right = load(tile + 256);
+    if (g.bias) {
+      const bf16* bias = static_cast<const bf16*>(g.bias) + b.n;
+      left = left + load(bias), right = right + load(bias + 16);
+    }
+    if (g.out_dtype != g.dtype) {
+      store(static_cast<float*>(g.c) + at, left);
+      store(static_cast<float*>(g.c) + at + 16, right);
+    } else {
+      _mm512_storeu_si512(static_cast<bf16*>(g.c) + at, narrow_pair(left, right));
+    }
+  }
+}
+
 // sums[i][j] (+)= stream tile i x packed tile j, over `steps` steps. kLines, kPacked: 1 or 2 tiles of each.
 template <int kLines, int kPacked>
 __attribute__((noinline)) void multiply(const Stream& s0, const Stream& s1, const bf16* b0, const bf16* b1, int64_t steps,
-                                        bool resume, float* c00, float* c01, float* c10, float* c11, int64_t ahead) {
+                                        bool resume, float* c00, float* c01, float* c10, float* c11, int64_t ahead,
+                                        Beside& beside) {
   if (resume) {
     _tile_loadd(0, c00, 64);
     if constexpr (kPacked == 2) _tile_loadd(1, c01, 64);
@@ -169,6 +204,11 @@ __attribute__((noinline)) void multiply(const Stream& s0, const Stream& s1, cons
     }
     a0 += s0.step_bytes;
     b0 += kTileElements;
+    if constexpr (kLines == 2 && kPacked == 2) {
+      if (beside.rows > 0) finish_beside(beside, 4);
+      for (int64_t i = 0; i < beside.ahead_lines; ++i)
+        __builtin_prefetch(beside.ahead + i * beside.ahead_row_bytes + s * kStep * 2);
+    }
   }
   _tile_stored(0, c00, 64);
   if constexpr (kPacked == 2) _tile_stored(1, c01, 64);
@@ -221,9 +261,6 @@ void pack_unit_tiles(const Unit& u, int64_t tile, bf16* wave) {
   }
 }
 
-// Rounds as to_bf16 does, but for float32 subnormals, which become 0: tile products flush them as well.
-GLM5_INLINE __m512i narrow_pair(F low, F high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)); }
-
 // A finished 32 x 32 block of sums that overwrites c. `left` and `right` are its columns in two tiles each, of the upper and
 // the lower 16 rows.
 GLM5_INLINE void finish_rows(const GemmArgs& g, int64_t m, int64_t n, F (&left)[16], F (&right)[16]) {
@@ -246,21 +283,17 @@ GLM5_INLINE void finish_rows(const GemmArgs& g, int64_t m, int64_t n, F (&left)[
   }
 }
 
+// The same where the packed lines are the rows of c.
 void finish_block(const Unit& u, int64_t streamed, int64_t packed, const float* sums) {
   F left[16], right[16];
   for (int half = 0; half < 2; ++half) {
     // Tiles in memory: [streamed half][packed half].
-    const float* a = sums + (u.rows_are_packed ? half * 256 : half * 512);
-    const float* b = a + (u.rows_are_packed ? 512 : 256);
+    const float *a = sums + half * 256, *b = a + 512;
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) left[i] = load(a + i * 16), right[i] = load(b + i * 16);
-    if (u.rows_are_packed) {
-      transpose(left);
-      transpose(right);
-      finish_rows(*u.g, packed + half * 16, streamed, left, right);
-    } else {
-      finish_rows(*u.g, streamed + half * 16, packed, left, right);
-    }
+    transpose(left);
+    transpose(right);
+    finish_rows(*u.g, packed + half * 16, streamed, left, right);
   }
 }
 
@@ -297,10 +330,15 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
   const int64_t all_steps = steps_of(g), tiles = packed_tiles(u), groups = ceil_div(last - first, kTile);
   const int64_t blocks = blocks_of(u), block_steps = block_steps_of(u);
   // What is read often goes through L1: in place, lines a power of two apart would meet in few cache sets.
-  const bool pack = tiles > 4 || side.k_stride != 1;
-  const int64_t groups_kept = blocks > 1 ? groups + groups % 2 : 2, tiles_kept = blocks > 1 ? tiles + tiles % 2 : 2;
+  // Short lines side by side fill the sets evenly.
+  const bool even = blocks_of(u) == 1 && side.line_stride == g.k && g.k <= kBlockK && g.k % kStep == 0;
+  const bool pack = (tiles > 4 && !even) || side.k_stride != 1;
+  const int64_t groups_kept = blocks > 1 ? groups + groups % 2 : 2, tiles_kept = blocks > 1 ? tiles + tiles % 2 : 4;
   float* sums = static_cast<float*>(thread_scratch(kScratchSums, groups_kept * tiles_kept * 256 * sizeof(float)));
   bf16* stream = static_cast<bf16*>(thread_scratch(kScratchStream, 2 * (block_steps + 1) * kTileElements * sizeof(bf16)));
+
+  Beside beside{};
+  int64_t parity = 0;
 
   for (int64_t block = 0; block == 0 || block < blocks; ++block) {
     const int64_t s0 = block * block_steps, s1 = at_most(all_steps, s0 + block_steps), k0 = s0 * kStep;
@@ -326,24 +364,38 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
         const int64_t two = tiles - tile > 1 ? 2 : 1;
         const bf16* b0 = wave + packed_offset(u, block, tile);
         const bf16* b1 = b0 + (two == 2 ? block_steps * kTileElements : 0);
-        float* c = sums + (blocks > 1 ? (group * tiles_kept + tile * 2) * 256 : 0);
+        // Where sums need not wait for another block, two places take turns: one is stored while the other is made.
+        float* c = sums + (blocks > 1 ? (group * tiles_kept + tile * 2) * 256 : (parity ^= 1) * 1024);
+        const int64_t calls = ceil_div(tiles, 2), share = ceil_div(2 * kTile, calls), ahead_line = tile / 2 * share;
+        beside.ahead_lines = 0;
+        if (calls > 2 && side.k_stride == 1 && ahead_line < 2 * kTile && line + 4 * kTile <= last) {
+          beside.ahead = reinterpret_cast<const char*>(side.data + (line + 2 * kTile + ahead_line) * side.line_stride + k0);
+          beside.ahead_lines = at_most(share, 2 * kTile - ahead_line);
+          beside.ahead_row_bytes = side.line_stride * 2;
+        }
         float *c00 = c, *c01 = c + 256, *c10 = c + 512, *c11 = c + 768;
         const auto run = [&](const Stream* from, const bf16* p0, const bf16* p1, int64_t steps, bool go_on, int64_t ahead) {
           GLM5_COUNT_PATH(kPathNames[pair - 1][two - 1]);
-          if (pair == 2 && two == 2) multiply<2, 2>(from[0], from[1], p0, p1, steps, go_on, c00, c01, c10, c11, ahead);
-          else if (pair == 2) multiply<2, 1>(from[0], from[1], p0, p1, steps, go_on, c00, c01, c10, c11, ahead);
-          else if (two == 2) multiply<1, 2>(from[0], from[0], p0, p1, steps, go_on, c00, c01, c10, c11, ahead);
-          else multiply<1, 1>(from[0], from[0], p0, p1, steps, go_on, c00, c01, c10, c11, ahead);
+          if (pair == 2 && two == 2)
+            multiply<2, 2>(from[0], from[1], p0, p1, steps, go_on, c00, c01, c10, c11, ahead, beside);
+          else if (pair == 2) multiply<2, 1>(from[0], from[1], p0, p1, steps, go_on, c00, c01, c10, c11, ahead, beside);
+          else if (two == 2) multiply<1, 2>(from[0], from[0], p0, p1, steps, go_on, c00, c01, c10, c11, ahead, beside);
+          else multiply<1, 1>(from[0], from[0], p0, p1, steps, go_on, c00, c01, c10, c11, ahead, beside);
         };
         if (direct_steps > 0) run(in_place, b0, b1, direct_steps, resume, tile == 0 ? 6 * 64 : 0);
         const int64_t rest = s1 - s0 - direct_steps;
         if (rest > 0 || direct_steps == 0)
           run(in_scratch, b0 + direct_steps * kTileElements, b1 + direct_steps * kTileElements, rest,
               resume || direct_steps > 0, 0);
+        if (beside.rows > 0) finish_beside(beside, 32);  // of the block before: fewer than eight steps, or another kernel
         if (!finish) continue;
         const int64_t packed_line = u.packed_first + tile * kTile;
         if (pair == 2 && two == 2 && !g.accumulate && line + 2 * kTile <= last && packed_line + 2 * kTile <= u.packed_last) {
-          finish_block(u, line, packed_line, c);
+          if (u.rows_are_packed) {
+            finish_block(u, line, packed_line, c);
+          } else {
+            beside.g = &g, beside.sums = c, beside.m = line, beside.n = packed_line, beside.rows = 32;
+          }
           continue;
         }
         for (int64_t i = 0; i < pair; ++i)
@@ -351,6 +403,7 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
       }
     }
   }
+  if (beside.rows > 0) finish_beside(beside, 32);
 }
 
 int64_t units_of(const GemmArgs& g) { return ceil_div(at_most(g.m, g.n), kChunkLines); }
@@ -404,9 +457,10 @@ void gemm_bf16(const GemmArgs* products, int64_t count) {
       pack_unit_tiles(u, 2 * (task - u.first_pack_task), wave);
     });
 
-    // Stripes of up to 128 lines, shorter ones where there would be too few to share out.
+    // Stripes of up to 256 lines (each reads all packed lines again, from L3), shorter ones where there would be too few to
+    // share out.
     const int64_t wanted = 4 * num_threads();
-    int64_t stripe = 128, tasks = 0;
+    int64_t stripe = 256, tasks = 0;
     while (stripe > 2 * kTile && lines / stripe < wanted) stripe /= 2;
     for (int64_t i = begin; i < end; ++i) {
       units[i].stripe = stripe;
