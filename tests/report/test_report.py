@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from glm5.report import summary_rows, text_table, write_report
-from glm5.report.chart import line_chart, ticks
+from glm5.report.chart import line_chart, log_ticks, smoothed, ticks
 
 EVALUATION = {
     "done": ["pretrain"],
@@ -73,3 +73,26 @@ def test_ticks_are_round_and_inside():
     assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert ticks(1.31, 1.52) == [1.35, 1.4, 1.45, 1.5]
     assert ticks(2, 2) == [2]
+
+
+def test_ticks_of_a_logarithmic_axis_are_round_values():
+    def shown(low, high):
+        return [f"{10**y:.4g}" for y in log_ticks(low, high)]
+
+    assert shown(-0.5, 0.6) == ["0.5", "1", "2"]
+    assert shown(-0.75, -0.5) == ["0.2", "0.25", "0.3"]
+    assert shown(-9, 9) == ["1e-05", "1", "1e+05"]
+
+
+def test_a_smoothed_line_keeps_its_steps_and_its_mean_and_loses_its_noise():
+    line = [(float(x), 3.0 + (-1) ** x) for x in range(200)]
+    calm = smoothed(line)
+    assert [x for x, _ in calm] == [x for x, _ in line]
+    assert all(abs(y - 3.0) < 0.3 for _, y in calm)
+
+
+def test_many_points_are_drawn_faint_under_their_mean_and_few_are_marked():
+    many = line_chart({"a": [(x, x % 7) for x in range(100)]}, "x", "y")
+    assert many.count("<polyline") == 2 and "<circle" not in many
+    few = line_chart({"a": [(x, x % 7) for x in range(3)]}, "x", "y")
+    assert few.count("<polyline") == 1 and few.count("<circle") == 3
