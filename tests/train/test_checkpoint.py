@@ -7,8 +7,9 @@ import os
 import pytest
 import torch
 
+from glm5.data.files import write_atomically
 from glm5.train import checkpoint
-from glm5.train.checkpoint import CheckpointError, CheckpointStore, Manifest, write_atomically
+from glm5.train.checkpoint import CheckpointError, CheckpointStore, Manifest
 
 STAGES = ["pretrain", "dsa-warmup"]
 
@@ -101,7 +102,7 @@ def test_a_full_disk_says_so_and_harms_nothing(store, monkeypatch, fail_at):
         fsync(descriptor)
 
     before = {p: p.read_bytes() for p in store.folder.rglob("*") if p.is_file()}
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     if fail_at < 4:  # two files, the manifest, the folder; then the rename, and only its flush can fail
         with pytest.raises(
             CheckpointError, match="pretrain-000006: No space left.*pretrain-000004, is untouched; make room"
@@ -120,7 +121,7 @@ def test_a_full_disk_says_so_and_harms_nothing(store, monkeypatch, fail_at):
 
 def test_a_write_to_a_real_full_device_is_reported(tmp_path):
     with pytest.raises(OSError, match="No space left"):
-        checkpoint._write(type(tmp_path)("/dev/full"), b"x" * 10)
+        checkpoint.write_synced(type(tmp_path)("/dev/full"), b"x" * 10)
 
 
 @pytest.mark.parametrize("stop_after", range(1, 8))
@@ -141,8 +142,8 @@ def test_killed_anywhere_in_a_save_the_store_still_opens(store, monkeypatch, sto
 
         return call
 
-    monkeypatch.setattr(checkpoint, "_write", counted(checkpoint._write))
-    monkeypatch.setattr(checkpoint, "_sync_folder", counted(checkpoint._sync_folder))
+    monkeypatch.setattr(checkpoint, "write_synced", counted(checkpoint.write_synced))
+    monkeypatch.setattr(checkpoint, "sync_folder", counted(checkpoint.sync_folder))
     monkeypatch.setattr(checkpoint.Path, "rename", counted(checkpoint.Path.rename))
     try:
         store.save(manifest(6), files(6))
@@ -169,7 +170,7 @@ def test_write_atomically_keeps_the_old_text_when_the_disk_is_full(tmp_path, mon
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -5,7 +5,8 @@ import io
 import pytest
 
 from glm5.recipes import StageRecipe
-from glm5.train.metrics import MetricsLog, Progress, read_metrics
+from glm5.report import read_metrics
+from glm5.train.metrics import MetricsLog, Progress
 from glm5.train.schedule import lr_factor
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from glm5.recipes import RecipeError, load_recipe
+from glm5.report import read_metrics
 from glm5.train import loop
 from glm5.train.checkpoint import CheckpointStore
 from glm5.train.loop import TrainingError
-from glm5.train.metrics import read_metrics
 from glm5.train.parameters import indexer_names, make_optimizers
 from glm5.train.run import build_model, open_run, prepare, run_stages
 
@@ -127,7 +127,7 @@ def test_killed_in_training_and_resumed_it_ends_with_the_same_bits(uninterrupted
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_in_an_evaluation_and_resumed_it_ends_with_the_same_bits(uninterrupted, tmp_path, monkeypatch, stage):
-    from glm5.eval.stages import Evaluator
+    from glm5.train.evaluation import Evaluator
 
     after = Evaluator.after
 
@@ -191,7 +191,7 @@ def test_kill_9_at_random_moments_ends_with_the_same_bits(uninterrupted, tmp_pat
         while process.poll() is None and not (folder / "metrics.jsonl").exists():
             time.sleep(0.02)
         try:
-            _, error = process.communicate(timeout=0.1 + 0.17 * (attempt % 9) + 0.3 * (attempt // 9))
+            _, error = process.communicate(timeout=(0.1 + 0.17 * (attempt % 9)) * 2 ** (attempt // 9))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()

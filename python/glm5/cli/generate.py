@@ -19,9 +19,9 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     """Writes the prompt and its continuation to standard output."""
-    from glm5.eval.stages import generate_text
     from glm5.recipes import load_recipe
     from glm5.train.checkpoint import CheckpointStore
+    from glm5.train.evaluation import generate_text
     from glm5.train.run import build_model, load_model_tensors, prepare
 
     if not (args.folder / "recipe.toml").is_file():

@@ -37,8 +37,7 @@ def carry_out(args, last: str | None) -> None:
         print(to_toml(recipe), end="")
         return
 
-    from glm5.report import stage_speeds, summary_rows, text_table, write_report
-    from glm5.train.metrics import read_metrics
+    from glm5.report import read_metrics, stage_speeds, summary_rows, text_table, write_report
     from glm5.train.run import build_model, open_run, prepare, run_stages
 
     prepare(recipe)

@@ -4,10 +4,9 @@ import json
 from html import escape
 from pathlib import Path
 
+from glm5.data.files import write_atomically
 from glm5.report.chart import line_chart
 from glm5.report.table import Row, summary_rows
-from glm5.train.checkpoint import write_atomically
-from glm5.train.metrics import read_metrics
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8885; --soft: #888; }
@@ -85,7 +84,8 @@ def _charts(metrics: list[dict], evaluation: dict):
         losses = {name: line for name, line in losses.items() if line}
         if stage != "dsa-warmup" and losses:
             caption = (
-                "Nats a token of training batches (lm; mtpN predicts N tokens further) and nats a byte of held-out text."
+                "Nats a token of training batches (lm; mtpN predicts N tokens further) and nats a byte of held-out text, "
+                "which may come in longer packs than a stage trains on. Faint: every batch; bold: running mean."
             )
             yield f"{stage}: loss", caption, line_chart(losses, "step", "nats")
         divergence = curve(stage, "indexer_kl")
@@ -96,6 +96,17 @@ def _charts(metrics: list[dict], evaluation: dict):
     if recalls["indexer"]:
         caption = "Share of the most attended keys that are selected, by held-out text, over the steps of both DSA stages."
         yield "Recall of the true top-k", caption, line_chart(recalls, "DSA step", "recall")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """All complete lines; a line cut short by a kill is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
 
 
 def stage_speeds(metrics: list[dict]) -> str:

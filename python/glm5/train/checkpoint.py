@@ -7,7 +7,6 @@ compares every file with the sha256 in the manifest. What the tensors mean is no
 import errno
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,8 +14,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
+from glm5.data.files import TEMPORARY, sync_folder, write_synced
+
 _MANIFEST = "manifest.json"
-_TEMPORARY = ".tmp-"
 
 
 class CheckpointError(ValueError):
@@ -50,7 +50,7 @@ class CheckpointStore:
         if not writable:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(_TEMPORARY + "*"):
+        for leftover in self.folder.glob(TEMPORARY + "*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def path(self, stage: str, step: int) -> Path:
@@ -72,21 +72,21 @@ class CheckpointStore:
             CheckpointError: the disk is full or cannot be written; earlier checkpoints are untouched.
         """
         target = self.path(manifest.stage, manifest.step)
-        temporary = self.folder / f"{_TEMPORARY}{target.name}"
+        temporary = self.folder / f"{TEMPORARY}{target.name}"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             hashes = {}
             for name, tensors in files.items():
                 raw = save({n: t.detach().contiguous() for n, t in tensors.items()})
-                _write(temporary / f"{name}.safetensors", raw)
+                write_synced(temporary / f"{name}.safetensors", raw)
                 hashes[f"{name}.safetensors"] = hashlib.sha256(raw).hexdigest()
-            _write(temporary / _MANIFEST, _seal(asdict(manifest) | {"files": hashes}))
-            _sync_folder(temporary)
+            write_synced(temporary / _MANIFEST, _seal(asdict(manifest) | {"files": hashes}))
+            sync_folder(temporary)
             if target.exists():  # a damaged one that this run had to step over
                 self._remove(target)
             temporary.rename(target)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(self._explain_failed_write(target, error)) from error
@@ -155,7 +155,7 @@ class CheckpointStore:
 
     def _remove(self, path: Path) -> None:
         """Renames first, so that a kill halfway leaves no half checkpoint under a checkpoint's name."""
-        doomed = self.folder / f"{_TEMPORARY}old-{path.name}"
+        doomed = self.folder / f"{TEMPORARY}old-{path.name}"
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -171,36 +171,3 @@ def _seal(fields: dict) -> bytes:
     """JSON of `fields` with a sha256 over the rest of them."""
     text = json.dumps(fields, sort_keys=True)
     return json.dumps(fields | {"sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1).encode()
-
-
-def _write(path: Path, raw: bytes) -> None:
-    """Writes and flushes to the disk."""
-    with open(path, "wb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Flushes the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """`text` as the whole content of `path`: the old content or the new one is there, never a part.
-
-    Raises:
-        OSError: the disk is full or cannot be written; the old content stays.
-    """
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    try:
-        _write(temporary, text.encode())
-        temporary.rename(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)

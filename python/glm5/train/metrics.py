@@ -51,17 +51,6 @@ class MetricsLog:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """All complete lines; a line cut short by a kill is left out."""
-    rows = []
-    for line in Path(path).read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
 class Progress:
     """One line that rewrites itself on a terminal, or about twenty lines a stage elsewhere."""
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from glm5.data import PackedDataset, python_stdlib
+from glm5.data.files import write_atomically
 from glm5.recipes import Recipe, RecipeError, load_recipe
 from glm5.recipes.load import to_toml
-from glm5.train.checkpoint import CheckpointStore, Manifest, write_atomically
+from glm5.train.checkpoint import CheckpointStore, Manifest
 from glm5.train.loop import StageState, train_stage
 from glm5.train.metrics import MetricsLog
 
@@ -178,7 +179,7 @@ def resume(run: Run, model, say=print) -> tuple[str, StageState]:
 
 def run_stages(run: Run, model, say=print, last: str | None = None) -> dict:
     """Trains and evaluates from where the run stands to its end, or to the end of stage `last`. Returns the evaluations."""
-    from glm5.eval.stages import Evaluator
+    from glm5.train.evaluation import Evaluator
 
     evaluator = Evaluator(run, model)
     name, state = resume(run, model, say)

@@ -1,1 +1,0 @@
-"""Evaluation: held-out loss, and how good a selection of keys is. Changes no weight."""
