@@ -463,9 +463,10 @@ void gemm_bf16(const GemmArgs* products, int64_t count) {
     int64_t stripe = 256, tasks = 0;
     while (stripe > 2 * kTile && lines / stripe < wanted) stripe /= 2;
     for (int64_t i = begin; i < end; ++i) {
-      units[i].stripe = stripe;
+      // Few packed lines stay in cache anyway: longer stripes gain nothing there (and were slower at M=64).
+      units[i].stripe = packed_tiles(units[i]) > 4 ? stripe : at_most(stripe, 128);
       units[i].first_task = tasks;
-      tasks += ceil_div(streamed_of(units[i]).count, stripe);
+      tasks += ceil_div(streamed_of(units[i]).count, units[i].stripe);
     }
     parallel_tasks(tasks, [&](int64_t task) {
       const Unit& u = unit_at(task, &Unit::first_task);
