@@ -65,7 +65,7 @@ def test_configuration_survives_a_dictionary():
         ({"hidden_size": 6.0}, "hidden_size is 6.0, want an integer"),
         ({"num_key_value_heads": 2}, "num_key_value_heads is 2"),
         ({"qk_rope_head_dim": 15}, "qk_rope_head_dim is 15, want an even number"),
-        ({"index_head_dim": 8}, "index_head_dim is 8"),
+        ({"index_head_dim": 4}, "index_head_dim is 4"),
         ({"first_k_dense_replace": 9}, "first_k_dense_replace is 9"),
         ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers is 2"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9"),
