@@ -29,9 +29,13 @@ void configure_tiles() {
   _tile_loadconfig(&config);
 }
 
+// GCC does not know that a tile load reads memory: keeps the stores that packed the tiles from sinking below it.
+GLM5_INLINE void stores_are_done() { __asm__ volatile("" ::: "memory"); }
+
 // dots[row][key] for two tiles of rows and two of keys.
 GLM5_INLINE void multiply(const uint32_t* rows0, const uint32_t* rows1, int64_t steps, const uint32_t* keys, float* dots0,
                           float* dots1) {
+  stores_are_done();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
