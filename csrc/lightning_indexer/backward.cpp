@@ -12,9 +12,27 @@ constexpr int64_t kBlockQueries = 8;    // queries that share a packed key tile 
 constexpr int64_t kBlockRows = 256;     // queries summed before dk's block joins its total
 constexpr int64_t kSelectedRange = 256;  // keys of one task of the pass over keys, for selected keys
 
+// grad of the keys of a tile that the query sees, and 1 for these; both are zero for every other key.
+template <class R>
+struct TileGrad {
+  alignas(64) R grad[kTileKeys];
+  alignas(64) R seen[kTileKeys];
+
+  // The query sees the keys [begin, end) of the tile that starts at key `tile`.
+  void load_range(const R* row, int64_t begin, int64_t end, int64_t tile) {
+    for (int64_t i = 0; i < kTileKeys; ++i) {
+      const bool in_range = tile + i >= begin && tile + i < end;
+      grad[i] = in_range ? row[tile + i] : 0;
+      seen[i] = in_range;
+    }
+  }
+};
+
 // For one tile: probabilities-like P [num_heads][kTileKeys], and where wanted the lanes of dweights [num_heads] vectors.
+// A key that the query does not see adds an exact zero to dweights, whatever it holds: 0 * NaN would not.
 template <int NH, class E, class R>
-GLM5_INLINE void weigh_heads(const E* heads, const R* weights, int64_t steps, const E* keys, const R* grad, R* p, R* dw) {
+GLM5_INLINE void weigh_heads(const E* heads, const R* weights, int64_t steps, const E* keys, const TileGrad<R>& from, R* p,
+                             R* dw) {
   using V = Vector<R>;
   constexpr int L = V::kLanes;
   for (int64_t i = 0; i < kTileKeys; i += kVectors * L) {
@@ -25,9 +43,9 @@ GLM5_INLINE void weigh_heads(const E* heads, const R* weights, int64_t steps, co
       V lanes = load(dw + h * L);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        const V g = load(grad + i + v * L), zero = splat<V>(0);
+        const V g = load(from.grad + i + v * L), zero = splat<V>(0);
         store(p + h * kTileKeys + i + v * L, where_lt(zero, dots[h][v], g * splat<V>(weights[h]), zero));
-        lanes = fma(g, max(zero, dots[h][v]), lanes);
+        lanes = fma(g, where_lt(zero, load(from.seen + i + v * L), max(zero, dots[h][v]), zero), lanes);
       }
       store(dw + h * L, lanes);
     }
@@ -35,8 +53,8 @@ GLM5_INLINE void weigh_heads(const E* heads, const R* weights, int64_t steps, co
 }
 
 template <class E, class R>
-void weigh_tile(const E* heads, const R* weights, int64_t num_heads, int64_t steps, const E* keys, const R* grad, R* p,
-                R* dw) {
+void weigh_tile(const E* heads, const R* weights, int64_t num_heads, int64_t steps, const E* keys,
+                const TileGrad<R>& grad, R* p, R* dw) {
   constexpr int L = Vector<R>::kLanes;
   int64_t h = 0;
   for (; h + kHeads <= num_heads; h += kHeads)
@@ -104,12 +122,6 @@ void store_rounded(const R* from, int64_t n, T* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = round_to<T>(from[i]);
 }
 
-// grad of the keys [begin, end) of a tile that starts at key `tile`, zero elsewhere.
-template <class R>
-void tile_grad(const R* grad, int64_t begin, int64_t end, int64_t tile, R* out) {
-  for (int64_t i = 0; i < kTileKeys; ++i) out[i] = tile + i >= begin && tile + i < end ? grad[tile + i] : 0;
-}
-
 int64_t count_selected(const int32_t* indices, int64_t topk) {
   int64_t low = 0, high = topk;  // -1s stand last
   while (low < high) {
@@ -156,7 +168,7 @@ void backward_queries(const LightningIndexerArgs& a) {
     R* dq = static_cast<R*>(thread_scratch(2, sizeof(R) * (block * (size.dims + size.heads * L) + 64)));
     R* dw = dq + block * size.dims;
     std::memset(dq, 0, sizeof(R) * block * (size.dims + size.heads * L));
-    alignas(64) R grad[kTileKeys];
+    TileGrad<R> grad;
     const Element<T>* heads[kBlockQueries];
     int64_t low = a.num_keys, high = 0;
     for (int64_t t = q0; t < q1; ++t) {
@@ -176,7 +188,7 @@ void backward_queries(const LightningIndexerArgs& a) {
         const int64_t n = min_of(kTileKeys, count - i);
         pack_keys(k, indices + i, 0, n, a.dim, keys);
         for (int64_t j = 0; j < n; ++j) widen_row(k + indices[i + j] * a.dim, a.dim, rows + j * a.dim);
-        tile_grad(grads + q0 * a.topk, i, i + n, i, grad);
+        grad.load_range(grads + q0 * a.topk, i, i + n, i);
         add(q0, 0, n);
       }
     } else {
@@ -187,7 +199,7 @@ void backward_queries(const LightningIndexerArgs& a) {
         for (int64_t t = q0; t < q1; ++t) {
           const int64_t begin = max_of(a.ks[t], tile), end = min_of(a.ke[t], tile + n);
           if (begin >= end) continue;
-          tile_grad(grads + t * a.num_keys, begin, end, tile, grad);
+          grad.load_range(grads + t * a.num_keys, begin, end, tile);
           add(t, begin - tile, end - tile);
         }
       }
@@ -219,7 +231,7 @@ void backward_keys(const LightningIndexerArgs& a) {
     R *part = total + range * a.dim, *gathered = part + range * a.dim;
     std::memset(total, 0, sizeof(R) * 2 * range * a.dim);
     std::memset(dw, 0, sizeof(R) * size.heads * L);
-    alignas(64) R grad[kTileKeys];
+    TileGrad<R> grad;
     if (!a.indices) pack_keys(k, nullptr, k0, k1 - k0, a.dim, keys);
     int64_t pending = 0;
     const auto flush = [&] {
@@ -242,7 +254,7 @@ void backward_keys(const LightningIndexerArgs& a) {
         for (int64_t i = begin; i < end; i += kTileKeys) {
           const int64_t n = min_of(kTileKeys, end - i);
           pack_keys(k, indices + i, 0, n, a.dim, keys);
-          tile_grad(grads + t * a.topk, i, i + n, i, grad);
+          grad.load_range(grads + t * a.topk, i, i + n, i);
           weigh_tile(heads, weights + t * size.heads, size.heads, size.steps, keys, grad, p, dw);
           std::memset(gathered, 0, sizeof(R) * n * a.dim);
           accumulate_rows(p, 1, kTileKeys, rows, size.heads, a.dim, n, gathered);
@@ -252,7 +264,7 @@ void backward_keys(const LightningIndexerArgs& a) {
           }
         }
       } else {
-        tile_grad(grads + t * a.num_keys, begin, end, k0, grad);
+        grad.load_range(grads + t * a.num_keys, begin, end, k0);
         weigh_tile(heads, weights + t * size.heads, size.heads, size.steps, keys, grad, p, dw);
         accumulate_rows(p + begin - k0, 1, kTileKeys, rows, size.heads, a.dim, end - begin, part + (begin - k0) * a.dim);
       }

@@ -245,6 +245,49 @@ def test_gradients_ignore_what_is_not_seen(isa, dtype):
     assert (clean[1][38:] == 0).all()
 
 
+@FLOATS
+@pytest.mark.parametrize("value", [NAN, INF], ids=["nan", "inf"])
+@pytest.mark.parametrize("selected", [False, True], ids=["dense", "selected"])
+def test_poison_reaches_the_gradients_of_those_who_see_it_alone(isa, dtype, value, selected):
+    """Keys share tiles, and queries blocks, with others that they do not see: 0 * NaN may not carry one into the other."""
+    q, k, _, weights = draw_inputs(dtype)
+    ks, ke = causal(37, 150)
+    ke[20:24], ke[33] = 90, 0  # a second tile; a query that sees nothing
+    seen = reference.lightning_indexer_logits(q, k, None, weights, ks, ke).isfinite()
+    indices, grad = None, RandomDraw(3).tensor(37, 150)
+    if selected:
+        indices = ops.topk_indices(RandomDraw(4).tensor(37, 150).masked_fill(~seen, -INF), 70)
+        seen &= torch.zeros(37, 151).scatter(1, torch.where(indices < 0, 150, indices).long(), 1)[:, :150].bool()
+        grad = grad[:, :70].contiguous()
+
+    def run(name=None, row=None):
+        inputs = {"grad": grad, "q": q, "k": k, "weights": weights}
+        if name:
+            inputs[name] = inputs[name].clone()
+            inputs[name][row] = value
+        return torch.ops.glm5.lightning_indexer_logits_backward(*inputs.values(), ks, ke, indices)
+
+    def same(rows, got, want):
+        return same_bits(got[rows].contiguous(), want[rows].contiguous())
+
+    dq, dk, dweights = run()
+    for key in (0, 7, 27, 30, 36, 63, 64, 80, 149):
+        got = run("k", key)
+        blind, others = ~seen[:, key], torch.arange(150) != key
+        assert same(blind, got[0], dq) and same(blind, got[2], dweights), f"key {key}: a query that does not see it"
+        assert same(others, got[1], dk), f"key {key}: the other keys"
+        if value != value:
+            assert got[0][~blind].isnan().all() and got[2][~blind].isnan().all(), f"key {key} hides its NaN"
+    for name in ("q", "grad", "weights"):
+        for query in (0, 11, 22, 30, 33, 36):
+            got = run(name, query)
+            others = torch.arange(37) != query
+            assert same(others, got[0], dq) and same(others, got[2], dweights), f"{name}, query {query}: the others"
+            assert same(~seen[query], got[1], dk), f"{name}, query {query}: keys that it does not see"
+            if name == "q" and value != value:
+                assert got[1][seen[query]].isnan().all(), f"query {query} hides its NaN"
+
+
 @pytest.mark.parametrize("heads, dim", [(1, 3), (3, 4), (5, 2)])
 def test_gradcheck(heads, dim):
     draw = RandomDraw(heads)
