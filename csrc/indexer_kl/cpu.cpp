@@ -36,7 +36,8 @@ struct Block {
   T* signals;          // P: [chunk rows * heads][kKeyBlock]                           backward
   S *dq, *dweights;    // [rows, heads, dim], [rows, heads]                            backward
   S* gradients;        // dI: [chunk rows][kKeyBlock]                                  backward
-  T *keys, *attn_keys; // gathered rows, with indices
+  T *keys, *attn_keys; // gathered rows, with indices; without: keys that a row sees, backward
+  T* queries;          // [chunk rows * heads, dim] that a key is seen by              backward
   S* dkeys;            // [kKeyBlock, dim], with indices                               backward
   int64_t chunk;       // rows of a chunk
   int64_t n;           // keys of the block at hand
@@ -55,11 +56,12 @@ struct Block {
     dweights = dq + rows * a.heads * a.dim;
     gradients = dweights + rows * a.heads;
     dkeys = gradients + chunk * block;
-    const int64_t gathered = a.indices ? block : 0;
-    signals = static_cast<T*>(
-        thread_scratch(1, sizeof(T) * ((is_backward ? lines * block : 0) + gathered * (a.dim + a.attn_dim) + 1)));
+    const int64_t gathered = a.indices ? block : 0, copied = a.indices || is_backward ? block : 0;
+    signals = static_cast<T*>(thread_scratch(1, sizeof(T) * ((is_backward ? lines * (block + a.dim) : 0) +
+                                                             copied * a.dim + gathered * a.attn_dim + 1)));
     keys = signals + (is_backward ? lines * block : 0);
-    attn_keys = keys + gathered * a.dim;
+    attn_keys = keys + copied * a.dim;
+    queries = attn_keys + gathered * a.attn_dim;
   }
 };
 
@@ -201,6 +203,56 @@ void store_query_gradients(const LightningIndexerKlArgs& a, const KlTile& tile, 
 }
 
 template <class T>
+bool all_finite(const T* values, int64_t n) {
+  using V = Vector<T>;
+  V total = splat<V>(0);
+  for (int64_t i = 0; i < n; i += V::kLanes) total = fma(load_n(values + i, n - i), splat<V>(0), total);
+  return sum(total) == 0;
+}
+
+// dq and dk of the rows [r, r + count) of the tile from their signals. A signal is zero where a row does not see a key,
+// and so is the product as long as q and k are finite.
+template <class T>
+void dense_products(const LightningIndexerKlArgs& a, const KlTile& tile, int64_t r, int64_t count, int64_t first,
+                    Block<T>& block, Acc<T>* dk) {
+  const Inputs<T> in(a);
+  const int64_t line = a.heads * a.dim, t = tile.begin + r;
+  const T *q = in.q + t * line, *k = in.k + first * a.dim;
+  Acc<T>* dq = block.dq + r * line;
+  dk += first * a.dim;
+  bool everything_seen = true;
+  for (int64_t i = 0; i < count; ++i) everything_seen &= keys_in_block(a, t + i, first, block.n) == block.n;
+  if (everything_seen || (all_finite(q, count * line) && all_finite(k, block.n * a.dim))) {
+    multiply<T>(count * a.heads, a.dim, block.n, {block.signals, kKeyBlock}, {k, a.dim}, {dq, a.dim}, true);
+    multiply<T>(block.n, a.dim, count * a.heads, {block.signals, 1, kKeyBlock}, {q, a.dim}, {dk, a.dim}, true);
+    return;
+  }
+  // The same products, of the same shape along the sum, with zeros for the keys and the queries that are not seen.
+  GLM5_COUNT_PATH("indexer_kl dense not finite");
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t n = keys_in_block(a, t + i, first, block.n);
+    std::memcpy(block.keys, k, sizeof(T) * n * a.dim);
+    std::memset(block.keys + n * a.dim, 0, sizeof(T) * (block.n - n) * a.dim);
+    multiply<T>(a.heads, a.dim, block.n, {block.signals + i * a.heads * kKeyBlock, kKeyBlock}, {block.keys, a.dim},
+                {dq + i * line, a.dim}, true);
+  }
+  for (int64_t begin = 0, end; begin < block.n; begin = end) {  // keys [begin, end), which the same rows see
+    end = block.n;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t n = keys_in_block(a, t + i, first, block.n);
+      if (n > begin) {
+        std::memcpy(block.queries + i * line, q + i * line, sizeof(T) * line);
+        end = smaller(end, n);
+      } else {
+        std::memset(block.queries + i * line, 0, sizeof(T) * line);
+      }
+    }
+    multiply<T>(end - begin, a.dim, count * a.heads, {block.signals + begin, 1, kKeyBlock}, {block.queries, a.dim},
+                {dk + begin * a.dim, a.dim}, true);
+  }
+}
+
+template <class T>
 void dense_backward(const LightningIndexerKlArgs& a, const KlTile& tile, Acc<T>* dk) {
   using S = Acc<T>;
   using V = Vector<T>;
@@ -213,7 +265,7 @@ void dense_backward(const LightningIndexerKlArgs& a, const KlTile& tile, Acc<T>*
     GLM5_COUNT_PATH(block.n == kKeyBlock ? "indexer_kl dense block" : "indexer_kl dense tail");
     dense_masses(a, tile, first, block);
     for (int64_t r = 0; r < rows; r += block.chunk) {
-      const int64_t count = smaller(block.chunk, rows - r), lines = count * a.heads;
+      const int64_t count = smaller(block.chunk, rows - r);
       dense_logits(a, tile, r, count, first, block);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t t = tile.begin + r + i, n = keys_in_block(a, t, first, block.n);
@@ -228,10 +280,7 @@ void dense_backward(const LightningIndexerKlArgs& a, const KlTile& tile, Acc<T>*
         signal_row<T>(block.scores + i * a.heads * kKeyBlock, out, in.weights + t * a.heads, a.heads, n, signals,
                       block.dweights + (r + i) * a.heads);
       }
-      multiply<T>(lines, a.dim, block.n, {block.signals, kKeyBlock}, {in.k + first * a.dim, a.dim},
-                  {block.dq + r * a.heads * a.dim, a.dim}, true);
-      multiply<T>(block.n, a.dim, lines, {block.signals, 1, kKeyBlock}, {in.q + (tile.begin + r) * a.heads * a.dim, a.dim},
-                  {dk + first * a.dim, a.dim}, true);
+      dense_products(a, tile, r, count, first, block, dk);
     }
   }
   store_query_gradients(a, tile, block);

@@ -187,6 +187,55 @@ def test_edges(isa, topk):
     assert torch.equal(ops.lightning_indexer_kl(**nothing), torch.zeros(3))
 
 
+@DTYPES
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("topk", [None, 300], ids=["dense", "selected"])
+def test_poison_reaches_the_gradients_of_those_who_see_it_alone(isa, dtype, value, topk):
+    """Queries of a document are multiplied together: 0 * NaN may not carry a later key into an earlier query, nor a query
+    into a key that only others see."""
+    arguments = case(dtype=dtype, topk=topk, queries=70, keys=300)
+    arguments["ke"][30] = arguments["ks"][30]
+    if topk is not None:
+        arguments["indices"][30] = -1
+    position = torch.arange(300)
+    seen = (position >= arguments["ks"][:, None]) & (position < arguments["ke"][:, None])
+
+    def same(rows, got, want):
+        return properties.same_bits(got[rows].contiguous(), want[rows].contiguous())
+
+    want = properties.run_with_gradients(KL, arguments)
+    for key in (5, 140, 255, 256, 262, 299):
+        poisoned = dict(arguments, k=arguments["k"].clone())
+        poisoned["k"][key] = value
+        kl, dq, _, dweights = properties.run_with_gradients(KL, poisoned)
+        blind = ~seen[:, key]
+        assert same(blind, kl, want[0]) and same(blind, dq, want[1]) and same(blind, dweights, want[3]), f"key {key}"
+        if value != value:
+            assert dq[~blind].isnan().all() and dweights[~blind].isnan().all(), f"key {key} hides its NaN"
+    for query in (0, 20, 30, 36, 50, 69):
+        poisoned = dict(arguments, q=arguments["q"].clone())
+        poisoned["q"][query] = value
+        kl, dq, dk, dweights = properties.run_with_gradients(KL, poisoned)
+        others = torch.arange(70) != query
+        assert same(others, kl, want[0]) and same(others, dq, want[1]) and same(others, dweights, want[3]), f"query {query}"
+        assert same(~seen[query], dk, want[2]), f"query {query}: keys that it does not see"
+        if value != value:
+            assert dk[seen[query]].isnan().all(), f"query {query} hides its NaN"
+
+
+@DTYPES
+def test_the_slow_path_has_the_bits_of_the_fast_one(isa, dtype):
+    """A NaN in a query that sees nothing sends its tile down the slow path; nothing else of it may show."""
+    arguments = case(dtype=dtype)
+    arguments["ke"][[10, 60]] = arguments["ks"][[10, 60]]
+    want = properties.run_with_gradients(KL, arguments)
+    arguments["q"][[10, 60]] = float("nan")
+    with _native.counted_paths() as counts:
+        got = properties.run_with_gradients(KL, arguments)
+    assert "indexer_kl dense not finite" in counts
+    assert all(map(properties.same_bits, got, want))
+
+
 def test_poison_stays_visible(isa):
     a = case()
     a["q"][7, 2, 3] = float("nan")
