@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <exception>
 #include <map>
 #include <mutex>
 #include <new>
@@ -22,11 +23,20 @@ void run_tasks(int64_t num_tasks, TaskFn task, void* context) {
     return;
   }
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // written by the first to fail, read behind the region
+  // An exception that left the callback would reach the caller as torch's "parallel_for failed", without its cause.
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < num_tasks;
-         i = next.fetch_add(1, std::memory_order_relaxed))
-      task(context, i);
+    try {
+      for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < num_tasks;
+           i = next.fetch_add(1, std::memory_order_relaxed))
+        task(context, i);
+    } catch (...) {
+      next.store(num_tasks, std::memory_order_relaxed);
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
   });
+  if (error) std::rethrow_exception(error);
 }
 
 namespace {

@@ -1,0 +1,39 @@
+"""A task that cannot get its scratch memory: the caller sees a MemoryError, whichever thread it ran on."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys
+import torch
+from glm5 import ops
+
+torch.set_num_threads(int(sys.argv[1]))
+KEYS = 40_000  # the backward keeps some hundred numbers per key
+leaves = [torch.randn(n, 2, 1, requires_grad=True) for n in (1, KEYS, KEYS)]
+ends = torch.tensor([0], dtype=torch.int32), torch.tensor([KEYS], dtype=torch.int32)
+small = [x[:4].detach().clone().requires_grad_() for x in leaves]
+ops.mla_attention(*small, ends[0], ends[0] + 4, 1.0)[0].sum().backward()  # starts the threads
+out = ops.mla_attention(*leaves, *ends, 1.0)[0].sum()
+used = 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1])
+limits = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**23, limits[1]))
+try:
+    out.backward(retain_graph=True)
+except MemoryError as error:
+    print("MemoryError:", error)
+resource.setrlimit(resource.RLIMIT_AS, limits)
+out.backward()  # and the next call works
+print(bool(leaves[1].grad.isfinite().all()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and limits the address space")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer ends the program instead")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_task_without_memory_is_a_memory_error(threads):
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(threads)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["MemoryError: std::bad_alloc", "True"], done.stdout + done.stderr
