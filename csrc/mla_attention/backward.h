@@ -4,8 +4,13 @@
 //
 // Within a tile lanes are query rows: S^T = K Q^T and dP^T = V dO^T are kept for the tile's keys, so that delta (the sum
 // of p * dP in float32 over all keys) is known before dS is formed and no product is taken twice.
+//
+// Rows and keys of a tile that do not see each other meet in these products with weight 0, which is harmless only while
+// the numbers are finite. A tile where some are not takes the products with zeros in their place, and then adds
+// what they give to those who see them: no other gradient changes by a bit.
 #pragma once
 
+#include "mla_attention/finite.h"
 #include "mla_attention/mla_attention.h"
 #include "mla_attention/softmax.h"
 
@@ -126,10 +131,58 @@ void probabilities(const TileRows<T>& t, Acc<T> factor, int64_t block, int64_t k
   }
 }
 
-// One tile: rows [tile.begin, tile.end) against keys [tile.ks, tile.ke) of the segment that starts at key `origin`.
+// For a tile with values that are not finite. Before the products of keys [block, block + keys): nothing but zeros between
+// a row and the keys that it does not see.
+template <class T>
+void clear_unseen(const TileRows<T>& t, int64_t rows, int64_t block, int64_t keys, const BackwardScratch<T>& s) {
+  for (int64_t j = 0; j < keys; ++j) {
+    const auto key = static_cast<Acc<T>>(block + j);
+    for (int64_t r = 0; r < t.width; ++r)
+      if (r >= rows || key < t.from[r] || key >= t.to[r]) s.p_block[j * kRows + r] = s.ds_block[j * kRows + r] = {};
+  }
+}
+
+// And after them: what the values that are not finite give to dq, dk and dv. `first` is the block's first key's place in
+// the segment.
+template <class T>
+void add_seen_not_finite(const MlaAttentionArgs& a, const TileRows<T>& t, int64_t rows, int64_t block, int64_t keys,
+                         const BackwardScratch<T>& s, int64_t first, const T* q, const T* dout) {
+  using V = Vector<T>;
+  using S = Acc<T>;
+  constexpr int L = V::kLanes;
+  const V zero = splat<V>(0);
+  for (int64_t j = 0; j < keys; ++j) {
+    const auto* k = s.k + (first + j) * s.dk;
+    if (all_finite(k, 0, 1, a.dk)) continue;
+    const V key = splat<V>(static_cast<S>(block + j));
+    for (int64_t d = 0; d < a.dk; ++d) {
+      const S value = to_float(k[d]);
+      if (value - value == 0) continue;
+      for (int64_t i = 0; i < t.width; i += L) {
+        const V term = load_n(s.ds_block + j * kRows + i, L) * splat<V>(value);
+        const V seen = where_lt(key, lanes(t.from + i), zero, where_lt(key, lanes(t.to + i), term, zero));
+        store(s.dq + d * kRows + i, lanes(s.dq + d * kRows + i) + seen);
+      }
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t from = larger(static_cast<int64_t>(t.from[r]) - block, 0);
+    const int64_t to = smaller(static_cast<int64_t>(t.to[r]) - block, keys);
+    const T *q_row = q + r * a.heads * a.dk, *dout_row = dout + r * a.heads * a.dv;
+    if (!all_finite(q_row, 0, 1, a.dk))
+      for (int64_t j = from; j < to; ++j)
+        add_not_finite<T>(q_row, a.dk, to_float(s.ds_block[j * kRows + r]), s.dk_sum + (first + j) * s.wide_dk);
+    if (!all_finite(dout_row, 0, 1, a.dv))
+      for (int64_t j = from; j < to; ++j)
+        add_not_finite<T>(dout_row, a.dv, to_float(s.p_block[j * kRows + r]), s.dv_sum + (first + j) * s.wide_dv);
+  }
+}
+
+// One tile: rows [tile.begin, tile.end) against keys [tile.ks, tile.ke) of the segment that starts at key `origin`
+// and whose k is finite or not.
 template <class T>
 void backward_tile(const MlaAttentionArgs& a, const BackwardScratch<T>& s, const MlaRowTile& tile, int64_t head,
-                   int64_t origin) {
+                   int64_t origin, bool finite_keys) {
   using E = Operand<T>;
   using V = Vector<T>;
   using S = Acc<T>;
@@ -156,6 +209,15 @@ void backward_tile(const MlaAttentionArgs& a, const BackwardScratch<T>& s, const
   if (a.dlse)
     for (int64_t r = 0; r < rows; ++r) t.delta[r] -= static_cast<const S*>(a.dlse)[(tile.begin + r) * a.heads + head];
 
+  // A v, lse or dlse that is not finite, or a sum that overflows, shows in the delta of the rows that it belongs to.
+  const bool finite = finite_keys && all_finite(t.delta, 0, 1, t.width) && all_finite(q, q_stride, rows, a.dk) &&
+                      all_finite(dout, v_stride, rows, a.dv);
+  if (!finite) {
+    GLM5_COUNT_PATH("mla backward with values that are not finite");
+    clear_not_finite(s.q_rows, packed_size<E>(a.dk, kRows));
+    clear_not_finite(s.dout_rows, packed_size<E>(a.dv, kRows));
+  }
+
   std::memset(s.dq, 0, sizeof(S) * static_cast<size_t>(a.dk * kRows));
   for (int64_t block = 0; block < num_keys; block += kBlock) {
     const int64_t keys = smaller(kBlock, num_keys - block);
@@ -168,6 +230,7 @@ void backward_tile(const MlaAttentionArgs& a, const BackwardScratch<T>& s, const
         store_operand(s.ds_block + j * kRows + i, weight * (lanes(s.dp + at) - delta));
       }
     }
+    if (!finite) clear_unseen(t, rows, block, keys, s);
     if constexpr (kTiles<E>) {  // products read rows up to kStep and keys up to kRowStep
       const int64_t places = round_up(keys, kRowStep<E>);
       for (int64_t j = 0; j < places; ++j) {
@@ -183,6 +246,7 @@ void backward_tile(const MlaAttentionArgs& a, const BackwardScratch<T>& s, const
             s.dk_sum + (first + block) * s.wide_dk, s.wide_dk, Into::add);
     product(a.dk, vectors, keys, s.k_transposed + first + block, s.key_width, s.ds_packed, panel_stride<E>(kBlock), s.dq,
             kRows, Into::add);
+    if (!finite) add_seen_not_finite(a, t, rows, block, keys, s, first + block, q, dout);
   }
   constexpr int W = kPanel<S>;
   pack_transposed(s.dq_rows, panel_stride<S>(kRows), s.dq, kRows, a.dk, rows);
@@ -208,11 +272,14 @@ void backward_segment(const MlaAttentionArgs& a, const MlaSegment& segment, int6
   copy_rows(s.k, s.dk, static_cast<const T*>(a.k) + segment.ks * k_stride + head * a.dk, k_stride, keys, a.dk);
   copy_rows(s.v, s.dv, static_cast<const T*>(a.v) + segment.ks * v_stride + head * a.dv, v_stride, keys, a.dv);
   copy_columns(s.k_transposed, s.key_width, s.k, s.dk, keys, a.dk);
+  const bool finite_keys = all_finite(s.k, s.dk, keys, a.dk);
+  if (!finite_keys) clear_not_finite(s.k_transposed, a.dk * s.key_width);
   std::memset(s.dk_sum, 0, sizeof(S) * static_cast<size_t>(keys * s.wide_dk));
   std::memset(s.dv_sum, 0, sizeof(S) * static_cast<size_t>(keys * s.wide_dv));
   const TileSession session;
 
-  for (int64_t tile = segment.begin; tile < segment.end; ++tile) backward_tile(a, s, a.tiles[tile], head, segment.ks);
+  for (int64_t tile = segment.begin; tile < segment.end; ++tile)
+    backward_tile(a, s, a.tiles[tile], head, segment.ks, finite_keys);
 
   const V scale = splat<V>(static_cast<S>(a.scale));
   for (int64_t j = 0; j < keys; ++j) {

@@ -2,6 +2,7 @@
 // on its query and its keys alone. A task is one head of one tile of rows that share ks.
 #pragma once
 
+#include "mla_attention/finite.h"
 #include "mla_attention/mla_attention.h"
 #include "mla_attention/softmax.h"
 
@@ -137,18 +138,6 @@ void add_values(const ForwardScratch<T>& s, const Group<T>& g, bool first_block)
 }
 
 #ifdef GLM5_MLA_TILES
-bool all_finite(const bf16* src, int64_t stride, int64_t rows, int64_t columns) {
-  const __m512i exponent = _mm512_set1_epi16(0x7f80);
-  __mmask32 found = 0;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < columns; i += 32) {
-      const __mmask32 here = columns - i >= 32 ? ~0u : (1u << (columns - i)) - 1u;
-      const __m512i x = _mm512_maskz_loadu_epi16(here, src + r * stride + i);
-      found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
-    }
-  return found == 0;
-}
-
 // The same on tiles, which sum on from `out`. A row's keys are followed by zeros in P, which add nothing to what its own
 // keys gave (but may turn -0 into +0, as every row does at its end) while V is finite. Where it is not (`values` is the
 // block of V, `stride` apart), each row gets a copy of V that ends with its own keys.
