@@ -29,9 +29,9 @@ def mla_attention(
         out [Tq, H, Dv] in q's dtype and lse [Tq, H], the natural log of the sum of exponentials, in float32 (float64 for
         float64). An empty range, or one whose scores are all -inf, gives out = 0 and lse = +inf; a NaN score makes the
         head's lse and out NaN. A row depends on its own q and on the keys and values of its range alone, bit for bit.
-        Differentiable in q, k and v, from out and from lse; a NaN or infinity in a
-        row's q or gradient touches that row's gradients and those of its keys, one in a key's k or v those of the rows that
-        see it and of their keys. Under CPU autocast q, k and v are cast to its dtype.
+        Differentiable in q, k and v, from out and from lse. A NaN or infinity in a row's q or gradient touches the
+        gradients of that row and of its keys; one in a key's k or v those of the rows that see it and of their keys.
+        Under CPU autocast q, k and v are cast to its dtype.
 
     Raises:
         TypeError: q, k, v, ks or ke is not a tensor.
