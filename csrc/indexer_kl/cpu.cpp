@@ -57,8 +57,8 @@ struct Block {
     gradients = dweights + rows * a.heads;
     dkeys = gradients + chunk * block;
     const int64_t gathered = a.indices ? block : 0, copied = a.indices || is_backward ? block : 0;
-    signals = static_cast<T*>(thread_scratch(1, sizeof(T) * ((is_backward ? lines * (block + a.dim) : 0) +
-                                                             copied * a.dim + gathered * a.attn_dim + 1)));
+    signals = static_cast<T*>(thread_scratch(
+        1, sizeof(T) * ((is_backward ? lines * (block + a.dim) : 0) + copied * a.dim + gathered * a.attn_dim + 1)));
     keys = signals + (is_backward ? lines * block : 0);
     attn_keys = keys + copied * a.dim;
     queries = attn_keys + gathered * a.attn_dim;

@@ -53,8 +53,8 @@ GLM5_INLINE void weigh_heads(const E* heads, const R* weights, int64_t steps, co
 }
 
 template <class E, class R>
-void weigh_tile(const E* heads, const R* weights, int64_t num_heads, int64_t steps, const E* keys,
-                const TileGrad<R>& grad, R* p, R* dw) {
+void weigh_tile(const E* heads, const R* weights, int64_t num_heads, int64_t steps, const E* keys, const TileGrad<R>& grad,
+                R* p, R* dw) {
   constexpr int L = Vector<R>::kLanes;
   int64_t h = 0;
   for (; h + kHeads <= num_heads; h += kHeads)
