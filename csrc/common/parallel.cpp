@@ -5,7 +5,6 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <exception>
 #include <map>
 #include <mutex>
 #include <new>
@@ -23,20 +22,20 @@ void run_tasks(int64_t num_tasks, TaskFn task, void* context) {
     return;
   }
   std::atomic<int64_t> next{0};
-  std::atomic<bool> failed{false};
-  std::exception_ptr error;  // written by the first to fail, read behind the region
-  // An exception that left the callback would reach the caller as torch's "parallel_for failed", without its cause.
+  // An exception that left the callback would reach the caller as torch's "parallel_for failed", without its cause. No
+  // std::exception_ptr: the linker would bind it to the C++ runtime that libtorch happens to export.
+  std::atomic<bool> out_of_memory{false};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     try {
       for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < num_tasks;
            i = next.fetch_add(1, std::memory_order_relaxed))
         task(context, i);
-    } catch (...) {
+    } catch (const std::bad_alloc&) {
       next.store(num_tasks, std::memory_order_relaxed);
-      if (!failed.exchange(true)) error = std::current_exception();
+      out_of_memory.store(true, std::memory_order_relaxed);
     }
   });
-  if (error) std::rethrow_exception(error);
+  if (out_of_memory.load()) throw std::bad_alloc();
 }
 
 namespace {
