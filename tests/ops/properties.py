@@ -1,9 +1,12 @@
 """Properties that every op has, as functions of its spec. Family tests call them; each would fail on a wrong kernel."""
 
+import re
 from contextlib import contextmanager
 
+import pytest
 import torch
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glm5 import _native, ops
 from glm5.testing import Draw, OpSpec, RandomDraw
@@ -126,3 +129,18 @@ def assert_every_isa_is_compiled(op_call) -> None:
     for name in _native.available_isas():
         with _native.using_cpu_isa(name):
             op_call()
+
+
+# Messages about the values of a tensor; all other faults show in shapes, dtypes and numbers.
+ABOUT_VALUES = re.compile(r"\w+: (\w+\[|\w+ holds |(ks|ke) is |query )")
+
+
+def assert_refused(error: type, words: str, function, *args, **kwargs) -> None:
+    """The call raises ``error`` with ``words``; tracing it blames the same thing, where no values are needed to see it."""
+    with pytest.raises(error, match=words) as real:
+        function(*args, **kwargs)
+    if ABOUT_VALUES.match(message := str(real.value)):
+        return
+    blame = re.match(r"\w+: \w+ (has shape|has dtype|is)", message)[0]
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(error, match=f"^{blame}"):
+        function(*args, **kwargs)

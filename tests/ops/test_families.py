@@ -10,6 +10,8 @@ from glm5 import ops, reference
 from glm5.testing import RandomDraw, check, spec, specs
 
 ROOT = Path(__file__).parents[2]
+# Backwards too, as torch's dispatcher knows them.
+REGISTERED = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("glm5::"))
 
 
 def drawn(name):
@@ -82,3 +84,33 @@ def test_an_argument_of_the_wrong_kind_is_named(name):
                 function(**{**arguments, key: -1})
             with pytest.raises(TypeError, match=f"{name}: {key} is str, want int"):
                 function(**{**arguments, key: "x"})
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_torch_knows_shapes_and_gradient(name):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta") or torch._library.utils.has_fake_kernel(
+        getattr(torch.ops.glm5, name.removeprefix("glm5::")).default
+    )
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ops.__all__)
+def test_a_gradient_ends_where_the_op_says(name):
+    """Outputs without a gradient do not ask for one; where there is one it has none itself, which is an error to ask for."""
+    arguments = drawn(name)
+    differentiable = spec(name).leaves(arguments)
+    leaves = {
+        k: v.clone().requires_grad_() if isinstance(v, torch.Tensor) and v.dtype in (torch.float32, torch.bfloat16) else v
+        for k, v in arguments.items()
+    }
+    outputs = getattr(ops, name)(**leaves)
+    outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
+    assert bool(outputs) == bool(differentiable)
+    if outputs:
+        wanted = [leaves[k] for k in differentiable]
+        gradients = torch.autograd.grad([o.square().sum() for o in outputs], wanted, create_graph=True)
+        if name == "rotate_hadamard":  # which is its own backward
+            return
+        with pytest.raises(RuntimeError, match="glm5::.* has no gradient"):
+            sum(g.sum() for g in gradients).backward()

@@ -373,13 +373,11 @@ FP8 = torch.float8_e4m3fn
 )
 def test_bad_input(arguments, error, words):
     for op, extra in ((ops.lightning_indexer_logits, ()), (ops.lightning_indexer_topk, (3,))):
-        with pytest.raises(error, match=words):
-            op(*arguments, *extra)
+        properties.assert_refused(error, words, op, *arguments, *extra)
 
 
 def test_more_bad_input():
-    with pytest.raises(ValueError, match="topk is -1"):
-        ops.lightning_indexer_topk(Q, K, None, W, ROW, ROW, -1)
+    properties.assert_refused(ValueError, "topk is -1", ops.lightning_indexer_topk, Q, K, None, W, ROW, ROW, -1)
     for indices, words in [
         ([[0, 5]] * 2, "indices holds 5 for query 0"),
         ([[0, -2]] * 2, "indices holds -2"),
@@ -387,8 +385,10 @@ def test_more_bad_input():
         ([[-1, 1]] * 2, "indices holds 1 after -1"),
         ([[0]], "indices has shape"),
     ]:
-        with pytest.raises(ValueError, match=words):
-            torch.ops.glm5.lightning_indexer_selected_logits(Q, K, W, int32(indices))
+        properties.assert_refused(
+            ValueError, words, torch.ops.glm5.lightning_indexer_selected_logits, Q, K, W, int32(indices)
+        )
     for grad, indices in [(torch.ones(2, 4), None), (torch.ones(2, 5), int32([[0]] * 2))]:
-        with pytest.raises(ValueError, match="grad has shape"):
-            torch.ops.glm5.lightning_indexer_logits_backward(grad, Q, K, W, ROW, ROW, indices)
+        properties.assert_refused(
+            ValueError, "grad has shape", torch.ops.glm5.lightning_indexer_logits_backward, grad, Q, K, W, ROW, ROW, indices
+        )

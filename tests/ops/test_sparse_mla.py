@@ -288,26 +288,24 @@ def test_autocast():
 )
 def test_bad_input(change, error, words):
     arguments = {**example(), **change}
-    with pytest.raises(error, match=words):
-        ops.sparse_mla(**arguments)
+    properties.assert_refused(error, words, ops.sparse_mla, **arguments)
     if not {"d_v", "q"} & set(change):
         lse = torch.zeros(5, 6)
-        with pytest.raises(error, match=words):
-            ops.sparse_mla_attn_target(**{k: v for k, v in arguments.items() if k != "d_v"}, lse=lse)
+        properties.assert_refused(
+            error, words, ops.sparse_mla_attn_target, **{k: v for k, v in arguments.items() if k != "d_v"}, lse=lse
+        )
 
 
 def test_bad_lse():
     arguments = target_arguments(example())
     for lse, words in ((torch.zeros(5, 7), "lse has shape"), (torch.zeros(5, 6, dtype=torch.float64), "lse has dtype")):
-        with pytest.raises(ValueError, match=words):
-            ops.sparse_mla_attn_target(**{**arguments, "lse": lse})
+        properties.assert_refused(ValueError, words, ops.sparse_mla_attn_target, **{**arguments, "lse": lse})
 
 
 def test_the_last_of_many_indices_is_checked(isa):
     arguments = example(queries=300, keys=150, heads=1, dim=4, d_v=4)
     arguments["indices"][299, 129] = 150
-    with pytest.raises(ValueError, match=r"indices\[299, 129\] is 150"):
-        ops.sparse_mla(**arguments)
+    properties.assert_refused(ValueError, r"indices\[299, 129\] is 150", ops.sparse_mla, **arguments)
 
 
 def paths(isa):
@@ -338,5 +336,15 @@ def test_every_tile_runs(isa):
 def test_backward_names_a_dout_of_the_wrong_width():
     q, kv, indices = torch.ones(2, 1, 4), torch.ones(3, 4), torch.zeros(2, 1, dtype=torch.int32)
     for width in (0, 5):
-        with pytest.raises(ValueError, match="dout has shape"):
-            torch.ops.glm5.sparse_mla_backward(torch.ones(2, 1, width), None, q, kv, indices, torch.zeros(2, 1), 1.0)
+        properties.assert_refused(
+            ValueError,
+            "dout has shape",
+            torch.ops.glm5.sparse_mla_backward,
+            torch.ones(2, 1, width),
+            None,
+            q,
+            kv,
+            indices,
+            torch.zeros(2, 1),
+            1.0,
+        )

@@ -146,5 +146,4 @@ def test_opcheck_compile_export():
     ],
 )
 def test_bad_input(change, error, words):
-    with pytest.raises(error, match=words):
-        ops.token_logprobs(**{**example(2, 8, 9, torch.float32), **change})
+    properties.assert_refused(error, words, ops.token_logprobs, **{**example(2, 8, 9, torch.float32), **change})

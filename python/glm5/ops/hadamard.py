@@ -4,6 +4,7 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_tensors
+from glm5.ops._register import fake, want_that
 
 
 def rotate_hadamard(x: torch.Tensor) -> torch.Tensor:
@@ -28,8 +29,10 @@ def rotate_hadamard(x: torch.Tensor) -> torch.Tensor:
     return torch.ops.glm5.rotate_hadamard(x)
 
 
-@torch.library.register_fake("glm5::rotate_hadamard")
+@fake("rotate_hadamard", x="float [..., dim+]")
 def _(x):
+    dim = x.shape[-1]
+    want_that(dim & (dim - 1) == 0, "rotate_hadamard", "x has shape", x.shape, "a last dimension that is a power of two")
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

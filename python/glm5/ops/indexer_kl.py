@@ -7,6 +7,7 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_tensors
+from glm5.ops._register import accumulator, differentiable_once, fake, want_finite
 
 
 def lightning_indexer_kl(
@@ -49,29 +50,44 @@ def lightning_indexer_kl(
         TypeError: an argument is not a tensor.
         ValueError: wrong dtype, shape or device, ks < 0, ke > Tk, indices out of range, not ascending or with a -1 inside.
     """
-    attention = {"attn_q": attn_q, "attn_k": attn_k, "attn_lse": attn_lse} | (
-        {} if indices is None else {"indices": indices}
-    )
-    want_tensors("lightning_indexer_kl", q=q, k=k, weights=weights, ks=ks, ke=ke, **attention)
-    attention = (attn_q.detach(), attn_k.detach(), attn_lse.detach())
-    return torch.ops.glm5.lightning_indexer_kl(q, k, weights, ks, ke, *attention, scale, indices)[0]
+    selected = {} if indices is None else {"indices": indices}
+    attention = {"attn_q": attn_q, "attn_k": attn_k, "attn_lse": attn_lse}
+    want_tensors("lightning_indexer_kl", q=q, k=k, weights=weights, ks=ks, ke=ke, **attention, **selected)
+    return torch.ops.glm5.lightning_indexer_kl(q, k, weights, ks, ke, attn_q, attn_k, attn_lse, scale, indices)[0]
 
 
-def _real(t):
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
+_KL_INPUTS = {
+    "q": "float [Tq, Hi+, Di+]",
+    "k": "q [Tk, Di]",
+    "weights": "sum(q) [Tq, Hi]",
+    "attn_q": "q [Tq, H+, D+]",
+    "attn_k": lambda arguments: "q [Tk, H, D]" if arguments.get("indices") is None else "q [Tk, D]",
+    "attn_lse": "sum(q) [Tq, H]",
+    "ks": "int32 [Tq]",
+    "ke": "int32 [Tq]",
+    "indices": "int32 [Tq, topk]",
+}
 
 
-@torch.library.register_fake("glm5::lightning_indexer_kl")
+@fake("lightning_indexer_kl", **_KL_INPUTS)
 def _(q, k, weights, ks, ke, attn_q, attn_k, attn_lse, scale, indices=None):
+    want_finite("lightning_indexer_kl", "scale", scale)
     queries, topk = q.shape[0], 0 if indices is None else indices.shape[1]
     return (
-        q.new_empty(queries, dtype=_real(q)),
+        q.new_empty(queries, dtype=accumulator(q)),
         q.new_empty((queries, 2), dtype=torch.float64),
-        q.new_empty((queries, topk), dtype=_real(q)),
+        q.new_empty((queries, topk), dtype=accumulator(q)),
     )
 
 
-@torch.library.register_fake("glm5::lightning_indexer_kl_backward")
+# Without indices mass is [Tq, 0].
+@fake(
+    "lightning_indexer_kl_backward",
+    **_KL_INPUTS,
+    dkl="sum(q) [Tq]",
+    stats="float64 [Tq, 2]",
+    mass=lambda arguments: f"sum(q) [Tq, {'0' if arguments['indices'] is None else 'topk'}]",
+)
 def _(dkl, stats, mass, q, k, weights, ks, ke, attn_q, attn_k, attn_lse, scale, indices):
     return q.new_empty(q.shape), k.new_empty(k.shape), weights.new_empty(weights.shape)
 
@@ -90,6 +106,7 @@ def _kl_backward(ctx, dkl, _dstats, _dmass):
 
 
 torch.library.register_autograd("glm5::lightning_indexer_kl", _kl_backward, setup_context=_kl_setup_context)
+differentiable_once("lightning_indexer_kl_backward")
 
 # Autocast casts the operands of the matrix products. weights and lse stay float32, so register_autocast, which casts every
 # tensor, does not fit.
@@ -123,15 +140,22 @@ def indexer_kl_loss(logits: torch.Tensor, target: torch.Tensor, indices: torch.T
         ValueError: wrong dtype, shape or device, an index outside [-1, Tk).
     """
     want_tensors("indexer_kl_loss", logits=logits, target=target, **({} if indices is None else {"indices": indices}))
-    return torch.ops.glm5.indexer_kl_loss(logits, target.detach(), indices)
+    return torch.ops.glm5.indexer_kl_loss(logits, target, indices)
 
 
-@torch.library.register_fake("glm5::indexer_kl_loss")
+_LOSS_INPUTS = {
+    "logits": "float32/float64 [Tq, Tk]",
+    "indices": "int32 [Tq, topk]",
+    "target": lambda arguments: f"logits [Tq, {'Tk' if arguments.get('indices') is None else 'topk'}]",
+}
+
+
+@fake("indexer_kl_loss", **_LOSS_INPUTS)
 def _(logits, target, indices=None):
     return logits.new_empty(logits.shape[0])
 
 
-@torch.library.register_fake("glm5::indexer_kl_loss_backward")
+@fake("indexer_kl_loss_backward", **_LOSS_INPUTS, dkl="logits [Tq]")
 def _(dkl, logits, target, indices):
     return logits.new_empty(logits.shape)
 
@@ -145,3 +169,4 @@ def _loss_backward(ctx, dkl):
 
 
 torch.library.register_autograd("glm5::indexer_kl_loss", _loss_backward, setup_context=_loss_setup_context)
+differentiable_once("indexer_kl_loss_backward")

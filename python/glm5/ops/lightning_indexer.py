@@ -7,6 +7,7 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_integers, want_tensors
+from glm5.ops._register import accumulator, differentiable_once, fake, not_differentiable, want_that
 
 
 def lightning_indexer_logits(
@@ -68,29 +69,46 @@ def lightning_indexer_topk(
     scale = {} if k_scale is None else {"k_scale": k_scale}
     want_tensors("lightning_indexer_topk", q=q, k=k, **scale, weights=weights, ks=ks, ke=ke)
     want_integers("lightning_indexer_topk", topk=topk)
-    return torch.ops.glm5.lightning_indexer_topk(q.detach(), k.detach(), k_scale, weights.detach(), ks, ke, topk)
+    return torch.ops.glm5.lightning_indexer_topk(q, k, k_scale, weights, ks, ke, topk)
 
 
-def _real(q):
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+_INPUTS = {"q": "float [Tq, H, D]", "k": "q [Tk, D]", "weights": "sum(q) [Tq, H]"}
+_SCORED = _INPUTS | {"q": "float/e4m3 [Tq, H, D]", "k_scale": "float32 [Tk]", "ks": "int32 [Tq]", "ke": "int32 [Tq]"}
 
 
-@torch.library.register_fake("glm5::lightning_indexer_logits")
+def _want_scale_where_quantised(op, k, k_scale):
+    want_that(
+        k_scale is None or k.dtype == torch.float8_e4m3fn, op, "k_scale is given with k of dtype", k.dtype,
+        "None unless k is float8_e4m3fn",
+    )  # fmt: skip
+
+
+@fake("lightning_indexer_logits", **_SCORED)
 def _(q, k, k_scale, weights, ks, ke):
-    return q.new_empty((q.shape[0], k.shape[0]), dtype=_real(q))
+    _want_scale_where_quantised("lightning_indexer_logits", k, k_scale)
+    return q.new_empty((q.shape[0], k.shape[0]), dtype=accumulator(q))
 
 
-@torch.library.register_fake("glm5::lightning_indexer_selected_logits")
+@fake("lightning_indexer_selected_logits", **_INPUTS, indices="int32 [Tq, topk]")
 def _(q, k, weights, indices):
-    return q.new_empty(indices.shape, dtype=_real(q))
+    return q.new_empty(indices.shape, dtype=accumulator(q))
 
 
-@torch.library.register_fake("glm5::lightning_indexer_topk")
+@fake("lightning_indexer_topk", **_SCORED)
 def _(q, k, k_scale, weights, ks, ke, topk):
-    return q.new_empty((q.shape[0], topk), dtype=torch.int32), q.new_empty((q.shape[0],), dtype=_real(q))
+    want_that(topk >= 0, "lightning_indexer_topk", "topk is", topk, "a number >= 0")
+    _want_scale_where_quantised("lightning_indexer_topk", k, k_scale)
+    return q.new_empty((q.shape[0], topk), dtype=torch.int32), q.new_empty((q.shape[0],), dtype=accumulator(q))
 
 
-@torch.library.register_fake("glm5::lightning_indexer_logits_backward")
+@fake(
+    "lightning_indexer_logits_backward",
+    **_INPUTS,
+    ks="int32 [Tq]",
+    ke="int32 [Tq]",
+    indices="int32 [Tq, topk]",
+    grad=lambda arguments: f"sum(q) [Tq, {'Tk' if arguments.get('indices') is None else 'topk'}]",
+)
 def _(grad, q, k, weights, ks, ke, indices=None):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, weights))
 
@@ -107,6 +125,8 @@ def _backward(ctx, grad):
 
 
 torch.library.register_autograd("glm5::lightning_indexer_logits", _backward, setup_context=_setup_context)
+differentiable_once("lightning_indexer_logits_backward")
+not_differentiable("lightning_indexer_topk", "lightning_indexer_selected_logits")
 
 
 # Autocast casts q and k, the operands of the matrix product; weights stay as they are, so register_autocast, which casts

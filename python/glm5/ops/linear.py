@@ -5,6 +5,7 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_tensors
+from glm5.ops._register import differentiable_once, fake, want_that
 
 
 def linear(
@@ -73,52 +74,54 @@ def grouped_linear(x: torch.Tensor, w: torch.Tensor, group_ends: torch.Tensor) -
 # ---- fake kernels ----
 
 
-@torch.library.register_fake("glm5::linear")
+@fake("linear", x="float [M, K]", w="x [N, K]", bias="x [N]")
 def _(x, w, bias=None, out_dtype=None):
+    allowed = (None, x.dtype, torch.float32) if x.dtype == torch.bfloat16 else (None, x.dtype)
+    want_that(out_dtype in allowed, "linear", "out_dtype is", out_dtype, f"{x.dtype}, or float32 for bfloat16")
     return x.new_empty(x.shape[0], w.shape[0], dtype=out_dtype or x.dtype)
 
 
-@torch.library.register_fake("glm5::linear_dx")
+@fake("linear_dx", w="float [N, K]", dy="w [M, N]")
 def _(dy, w):
     return dy.new_empty(dy.shape[0], w.shape[1])
 
 
-@torch.library.register_fake("glm5::linear_dw")
+@fake("linear_dw", x="float [M, K]", dy="x [M, N]")
 def _(dy, x):
     return dy.new_empty(dy.shape[1], x.shape[1])
 
 
-@torch.library.register_fake("glm5::linear_dbias")
+@fake("linear_dbias", dy="float [M, N]")
 def _(dy):
     return dy.new_empty(dy.shape[1])
 
 
-@torch.library.register_fake("glm5::batched_linear")
+@fake("batched_linear", x="float [M, H, K]", w="x [H, N, K]")
 def _(x, w):
     return x.new_empty(x.shape[0], w.shape[0], w.shape[1])
 
 
-@torch.library.register_fake("glm5::batched_linear_dx")
+@fake("batched_linear_dx", w="float [H, N, K]", dy="w [M, H, N]")
 def _(dy, w):
     return dy.new_empty(dy.shape[0], w.shape[0], w.shape[2])
 
 
-@torch.library.register_fake("glm5::batched_linear_dw")
+@fake("batched_linear_dw", x="float [M, H, K]", dy="x [M, H, N]")
 def _(dy, x):
     return dy.new_empty(x.shape[1], dy.shape[2], x.shape[2])
 
 
-@torch.library.register_fake("glm5::grouped_linear")
+@fake("grouped_linear", x="float [M, K]", w="x [E, N, K]", group_ends="int32 [E]")
 def _(x, w, group_ends):
     return x.new_empty(x.shape[0], w.shape[1])
 
 
-@torch.library.register_fake("glm5::grouped_linear_dx")
+@fake("grouped_linear_dx", w="float [E, N, K]", dy="w [M, N]", group_ends="int32 [E]")
 def _(dy, w, group_ends):
     return dy.new_empty(dy.shape[0], w.shape[2])
 
 
-@torch.library.register_fake("glm5::grouped_linear_dw")
+@fake("grouped_linear_dw", x="float [M, K]", dy="x [M, N]", group_ends="int32 [E]")
 def _(dy, x, group_ends):
     return dy.new_empty(group_ends.shape[0], dy.shape[1], x.shape[1])
 
@@ -173,5 +176,7 @@ def _grouped_backward(ctx, dy):
 torch.library.register_autograd("glm5::linear", _linear_backward, setup_context=_linear_setup)
 torch.library.register_autograd("glm5::batched_linear", _batched_backward, setup_context=_batched_setup)
 torch.library.register_autograd("glm5::grouped_linear", _grouped_backward, setup_context=_grouped_setup)
+differentiable_once("linear_dx", "linear_dw", "linear_dbias", "batched_linear_dx", "batched_linear_dw")
+differentiable_once("grouped_linear_dx", "grouped_linear_dw")
 for _name in ("linear", "batched_linear", "grouped_linear"):
     torch.library.register_autocast(f"glm5::{_name}", "cpu", torch.bfloat16)

@@ -7,6 +7,7 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_tensors
+from glm5.ops._register import accumulator, differentiable_once, fake, not_differentiable, want_finite
 
 
 def mla_attention(
@@ -61,26 +62,28 @@ def mla_attn_target(
         ValueError: wrong dtype, shape or device; scale not finite; a non-empty range that leaves [0, Tk].
     """
     want_tensors("mla_attn_target", q=q, k=k, lse=lse, ks=ks, ke=ke)
-    return torch.ops.glm5.mla_attn_target(q.detach(), k.detach(), lse.detach(), ks, ke, scale)
+    return torch.ops.glm5.mla_attn_target(q, k, lse, ks, ke, scale)
 
 
-def _acc_dtype(q):
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+_SCORED = {"q": "float [Tq, H+, Dk+]", "k": "q [Tk, H, Dk]", "ks": "int32 [Tq]", "ke": "int32 [Tq]"}
+_INPUTS = _SCORED | {"v": "q [Tk, H, Dv+]"}
 
 
-@torch.library.register_fake("glm5::mla_attention")
+@fake("mla_attention", **_INPUTS)
 def _(q, k, v, ks, ke, scale):
-    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[0], q.shape[1], dtype=_acc_dtype(q))
+    want_finite("mla_attention", "scale", scale)
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[0], q.shape[1], dtype=accumulator(q))
 
 
-@torch.library.register_fake("glm5::mla_attention_backward")
+@fake("mla_attention_backward", **_INPUTS, lse="sum(q) [Tq, H]", dlse="sum(q) [Tq, H]", dout="q [Tq, H, Dv]")
 def _(dout, dlse, q, k, v, lse, ks, ke, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-@torch.library.register_fake("glm5::mla_attn_target")
+@fake("mla_attn_target", **_SCORED, lse="sum(q) [Tq, H]")
 def _(q, k, lse, ks, ke, scale):
-    return q.new_empty(q.shape[0], k.shape[0], dtype=_acc_dtype(q))
+    want_finite("mla_attn_target", "scale", scale)
+    return q.new_empty(q.shape[0], k.shape[0], dtype=accumulator(q))
 
 
 def _setup_context(ctx, inputs, output):
@@ -101,4 +104,6 @@ def _backward(ctx, dout, dlse):
 
 
 torch.library.register_autograd("glm5::mla_attention", _backward, setup_context=_setup_context)
+differentiable_once("mla_attention_backward")
+not_differentiable("mla_attn_target")
 torch.library.register_autocast("glm5::mla_attention", "cpu", torch.bfloat16)

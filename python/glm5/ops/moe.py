@@ -7,6 +7,7 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_integers, want_tensors
+from glm5.ops._register import differentiable_once, fake, want_that
 
 
 def moe_router(
@@ -50,13 +51,21 @@ def moe_router(
     return torch.ops.glm5.moe_router(logits, bias, topk, num_groups, topk_groups, renormalize, scaling, replay)
 
 
-@torch.library.register_fake("glm5::moe_router")
+@fake("moe_router", logits="float32/float64 [T, E]", bias="logits [E]", replay="int32 [T, topk]")
 def _(logits, bias, topk, num_groups, topk_groups, renormalize, scaling, replay):
-    tokens = logits.shape[0]
+    op, (tokens, experts) = "moe_router", logits.shape
+    divides = f"a divisor of the {experts} experts"
+    want_that(num_groups >= 1, op, "num_groups is", num_groups, divides)
+    want_that(experts % num_groups == 0, op, "num_groups is", num_groups, divides)
+    for bound in (topk_groups >= 1, topk_groups <= num_groups):
+        want_that(bound, op, "topk_groups is", topk_groups, f"1 <= topk_groups <= num_groups = {num_groups}")
+    eligible = experts // num_groups * topk_groups
+    for bound in (topk >= 1, topk <= eligible):
+        want_that(bound, op, "topk is", topk, f"1 <= topk <= {eligible} (the experts of topk_groups groups)")
     return logits.new_empty(tokens, topk), logits.new_empty(tokens, topk, dtype=torch.int32)
 
 
-@torch.library.register_fake("glm5::moe_router_backward")
+@fake("moe_router_backward", logits="float32/float64 [T, E]", ids="int32 [T, topk]", dweights="logits [T, topk]")
 def _(dweights, logits, ids, renormalize, scaling):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
@@ -72,6 +81,7 @@ def _router_backward(ctx, dweights, _dids):
 
 
 torch.library.register_autograd("glm5::moe_router", _router_backward, setup_context=_router_setup_context)
+differentiable_once("moe_router_backward")
 
 
 def moe_permute(
@@ -98,13 +108,14 @@ def moe_permute(
     return torch.ops.glm5.moe_permute(x, ids, num_experts)
 
 
-@torch.library.register_fake("glm5::moe_permute")
+@fake("moe_permute", x="float [T, D]", ids="int32 [T, topk]")
 def _(x, ids, num_experts):
+    want_that(num_experts >= 1, "moe_permute", "num_experts is", num_experts, "at least 1")
     slots = ids.shape[0] * ids.shape[1]
     return x.new_empty(slots, x.shape[1]), ids.new_empty(slots), ids.new_empty(ids.shape), ids.new_empty(num_experts)
 
 
-@torch.library.register_fake("glm5::moe_permute_backward")
+@fake("moe_permute_backward", dxp="float [S, D]", slot_of_row="int32 [T, topk]")
 def _(dxp, slot_of_row):
     return dxp.new_empty(slot_of_row.shape[0], dxp.shape[1])
 
@@ -118,6 +129,7 @@ def _permute_backward(ctx, dxp, *_):
 
 
 torch.library.register_autograd("glm5::moe_permute", _permute_backward, setup_context=_permute_setup_context)
+differentiable_once("moe_permute_backward")
 
 
 def moe_unpermute(y: torch.Tensor, slot_of_row: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -142,12 +154,15 @@ def moe_unpermute(y: torch.Tensor, slot_of_row: torch.Tensor, weights: torch.Ten
     return torch.ops.glm5.moe_unpermute(y, slot_of_row, weights)
 
 
-@torch.library.register_fake("glm5::moe_unpermute")
+_UNPERMUTED = {"y": "float [S, D]", "slot_of_row": "int32 [T, topk]", "weights": "sum(y) [T, topk]"}
+
+
+@fake("moe_unpermute", **_UNPERMUTED)
 def _(y, slot_of_row, weights):
     return y.new_empty(slot_of_row.shape[0], y.shape[1])
 
 
-@torch.library.register_fake("glm5::moe_unpermute_backward")
+@fake("moe_unpermute_backward", **_UNPERMUTED, dout="y [T, D]")
 def _(dout, y, slot_of_row, weights):
     return (
         torch.empty_like(y, memory_format=torch.contiguous_format),
@@ -165,3 +180,4 @@ def _unpermute_backward(ctx, dout):
 
 
 torch.library.register_autograd("glm5::moe_unpermute", _unpermute_backward, setup_context=_unpermute_setup_context)
+differentiable_once("moe_unpermute_backward")

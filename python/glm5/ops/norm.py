@@ -4,6 +4,7 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_tensors
+from glm5.ops._register import differentiable_once, fake, want_that
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
@@ -27,12 +28,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.
     return torch.ops.glm5.rms_norm(x, weight, eps)
 
 
-@torch.library.register_fake("glm5::rms_norm")
+_INPUTS = {"x": "float [..., dim+]", "weight": "x [dim]"}
+
+
+def _want_eps(op, eps):
+    want_that(not isinstance(eps, float) or eps >= 0, op, "eps is", eps, "a number >= 0")
+
+
+@fake("rms_norm", **_INPUTS)
 def _(x, weight, eps):
+    _want_eps("rms_norm", eps)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("glm5::rms_norm_backward")
+@fake("rms_norm_backward", **_INPUTS, dy="like x")
 def _(dy, x, weight, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
 
@@ -49,6 +58,7 @@ def _backward(ctx, dy):
 
 
 torch.library.register_autograd("glm5::rms_norm", _backward, setup_context=_setup_context)
+differentiable_once("rms_norm_backward")
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -73,12 +83,13 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
     return torch.ops.glm5.layer_norm(x, weight, bias, eps)
 
 
-@torch.library.register_fake("glm5::layer_norm")
+@fake("layer_norm", **_INPUTS, bias="x [dim]")
 def _(x, weight, bias, eps):
+    _want_eps("layer_norm", eps)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("glm5::layer_norm_backward")
+@fake("layer_norm_backward", **_INPUTS, dy="like x")
 def _(dy, x, weight, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight), torch.empty_like(weight)
 
@@ -95,3 +106,4 @@ def _layer_norm_backward(ctx, dy):
 
 
 torch.library.register_autograd("glm5::layer_norm", _layer_norm_backward, setup_context=_layer_norm_setup_context)
+differentiable_once("layer_norm_backward")

@@ -4,6 +4,7 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_tensors
+from glm5.ops._register import differentiable_once, fake
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -30,12 +31,19 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch
     return torch.ops.glm5.rope(x, cos, sin, positions, interleaved)
 
 
-@torch.library.register_fake("glm5::rope")
+def _inputs(x):
+    def layout(arguments):
+        return "float [T, heads, 2*pairs+]" if arguments[x].dim() == 3 else "float [T, 2*pairs+]"
+
+    return {x: layout, "cos": f"sum({x}) [P, pairs]", "sin": "like cos", "positions": "int32/int64 [T]"}
+
+
+@fake("rope", **_inputs("x"))
 def _(x, cos, sin, positions, interleaved):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("glm5::rope_backward")
+@fake("rope_backward", **_inputs("dy"))
 def _(dy, cos, sin, positions, interleaved):
     return torch.empty_like(dy, memory_format=torch.contiguous_format)
 
@@ -50,3 +58,4 @@ def _backward(ctx, dy):
 
 
 torch.library.register_autograd("glm5::rope", _backward, setup_context=_setup_context)
+differentiable_once("rope_backward")

@@ -4,6 +4,7 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_tensors
+from glm5.ops._register import differentiable_once, fake
 
 
 def silu_mul(x: torch.Tensor) -> torch.Tensor:
@@ -23,12 +24,12 @@ def silu_mul(x: torch.Tensor) -> torch.Tensor:
     return torch.ops.glm5.silu_mul(x)
 
 
-@torch.library.register_fake("glm5::silu_mul")
+@fake("silu_mul", x="float [M, 2*I]")
 def _(x):
     return x.new_empty(x.shape[0], x.shape[1] // 2)
 
 
-@torch.library.register_fake("glm5::silu_mul_backward")
+@fake("silu_mul_backward", x="float [M, 2*I]", dy="x [M, I]")
 def _(dy, x):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -42,3 +43,4 @@ def _backward(ctx, dy):
 
 
 torch.library.register_autograd("glm5::silu_mul", _backward, setup_context=_setup_context)
+differentiable_once("silu_mul_backward")

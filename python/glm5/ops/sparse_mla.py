@@ -7,6 +7,7 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_integers, want_tensors
+from glm5.ops._register import accumulator, differentiable_once, fake, not_differentiable, want_finite, want_that
 
 
 def sparse_mla(
@@ -58,26 +59,30 @@ def sparse_mla_attn_target(
         ValueError: wrong dtype, shape or device; scale not finite; an index below -1 or >= Tk.
     """
     want_tensors("sparse_mla_attn_target", q=q, kv=kv, indices=indices, lse=lse)
-    return torch.ops.glm5.sparse_mla_attn_target(q.detach(), kv.detach(), indices, lse.detach(), scale)
+    return torch.ops.glm5.sparse_mla_attn_target(q, kv, indices, lse, scale)
 
 
-def _acc_dtype(q):
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+_INPUTS = {"q": "float [Tq, H+, Dk+]", "kv": "q [Tk, Dk]", "indices": "int32 [Tq, topk]"}
 
 
-@torch.library.register_fake("glm5::sparse_mla")
+@fake("sparse_mla", **_INPUTS)
 def _(q, kv, indices, scale, d_v):
-    return q.new_empty(q.shape[0], q.shape[1], d_v), q.new_empty(q.shape[0], q.shape[1], dtype=_acc_dtype(q))
+    want_finite("sparse_mla", "scale", scale)
+    for bound in (d_v >= 1, d_v <= q.shape[2]):
+        want_that(bound, "sparse_mla", "d_v is", d_v, f"1 to {q.shape[2]} (the dim of q and kv)")
+    return q.new_empty(q.shape[0], q.shape[1], d_v), q.new_empty(q.shape[0], q.shape[1], dtype=accumulator(q))
 
 
-@torch.library.register_fake("glm5::sparse_mla_backward")
+@fake("sparse_mla_backward", **_INPUTS, lse="sum(q) [Tq, H]", dlse="sum(q) [Tq, H]", dout="q [Tq, H, d_v+]")
 def _(dout, dlse, q, kv, indices, lse, scale):
+    want_that(dout.shape[2] <= q.shape[2], "sparse_mla_backward", "dout has shape", dout.shape, "at most the columns of kv")
     return q.new_empty(q.shape), kv.new_empty(kv.shape)
 
 
-@torch.library.register_fake("glm5::sparse_mla_attn_target")
+@fake("sparse_mla_attn_target", **_INPUTS, lse="sum(q) [Tq, H]")
 def _(q, kv, indices, lse, scale):
-    return q.new_empty(indices.shape, dtype=_acc_dtype(q))
+    want_finite("sparse_mla_attn_target", "scale", scale)
+    return q.new_empty(indices.shape, dtype=accumulator(q))
 
 
 def _setup_context(ctx, inputs, output):
@@ -98,4 +103,6 @@ def _backward(ctx, dout, dlse):
 
 
 torch.library.register_autograd("glm5::sparse_mla", _backward, setup_context=_setup_context)
+differentiable_once("sparse_mla_backward")
+not_differentiable("sparse_mla_attn_target")
 torch.library.register_autocast("glm5::sparse_mla", "cpu", torch.bfloat16)

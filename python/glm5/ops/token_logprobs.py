@@ -4,6 +4,7 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_tensors
+from glm5.ops._register import accumulator, differentiable_once, fake
 
 
 def token_logprobs(
@@ -34,16 +35,15 @@ def token_logprobs(
     return logp, entropy
 
 
-def _accumulator(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
+_INPUTS = {"hidden": "float [T, D]", "lm_head": "hidden [V+, D]", "targets": "int64 [T]", "temperature": "float32 [T]"}
 
 
-@torch.library.register_fake("glm5::token_logprobs")
+@fake("token_logprobs", **_INPUTS)
 def _(hidden, lm_head, targets, temperature):
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=_accumulator(hidden.dtype)) for _ in range(3))
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=accumulator(hidden)) for _ in range(3))
 
 
-@torch.library.register_fake("glm5::token_logprobs_backward")
+@fake("token_logprobs_backward", **_INPUTS, **dict.fromkeys(("dlogp", "dentropy", "entropy", "lse"), "sum(hidden) [T]"))
 def _(dlogp, dentropy, hidden, lm_head, targets, temperature, entropy, lse, need_hidden, need_lm_head):
     return (
         hidden.new_empty(hidden.shape[0] if need_hidden else 0, hidden.shape[1]),
@@ -66,6 +66,7 @@ def _backward(ctx, dlogp, dentropy, _):
 
 
 torch.library.register_autograd("glm5::token_logprobs", _backward, setup_context=_setup_context)
+differentiable_once("token_logprobs_backward")
 
 
 def _autocast(hidden, lm_head, targets, temperature):

@@ -4,6 +4,7 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_integers, want_tensors
+from glm5.ops._register import fake, not_differentiable, want_that
 
 
 def topk_indices(
@@ -28,9 +29,13 @@ def topk_indices(
     optional = {name: value for name, value in (("ks", ks), ("ke", ke)) if value is not None}
     want_tensors("topk_indices", scores=scores, **optional)
     want_integers("topk_indices", k=k)
-    return torch.ops.glm5.topk_indices(scores.detach(), k, ks, ke)
+    return torch.ops.glm5.topk_indices(scores, k, ks, ke)
 
 
-@torch.library.register_fake("glm5::topk_indices")
+@fake("topk_indices", scores="float [rows, cols]", ks="int32 [rows]", ke="int32 [rows]")
 def _(scores, k, ks=None, ke=None):
+    want_that(k >= 0, "topk_indices", "k is", k, "a number >= 0")
     return scores.new_empty((scores.shape[0], k), dtype=torch.int32)
+
+
+not_differentiable("topk_indices")
