@@ -3,8 +3,8 @@
 # named amx*.cpp is compiled for AMX alone (namespace glm5::cpu::amx, on top of the AVX-512 flags).
 set(GLM5_FLAGS_portable "")
 set(GLM5_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
-set(GLM5_FLAGS_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mavx512vbmi -mavx2 -mfma
-                      -mf16c -mbmi2 -mprefer-vector-width=512)
+set(GLM5_FLAGS_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mavx512vbmi -mavx512vbmi2
+                      -mavx2 -mfma -mf16c -mbmi2 -mprefer-vector-width=512)
 set(GLM5_FLAGS_amx ${GLM5_FLAGS_avx512} -mamx-tile -mamx-bf16)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(GLM5_ISAS portable avx2 avx512)
