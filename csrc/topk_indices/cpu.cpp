@@ -167,27 +167,68 @@ int64_t pack_between(const K* keys, int64_t n, K low, K high, K* packed) {
 #if GLM5_ISA_LEVEL == 2
 
 GLM5_INLINE int64_t ones(__mmask16 m) { return __builtin_popcount(static_cast<unsigned>(m)); }
+struct Places {
+  alignas(64) uint8_t bytes[64];
+  constexpr Places() : bytes() {
+    for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(i);
+  }
+};
+constexpr Places kPlaces;
 GLM5_INLINE __m512i counting() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 
-int64_t pack_candidates(const float* row, int64_t n, float threshold, float* values, int32_t* positions) {
-  const __m512 bound = _mm512_set1_ps(threshold);
-  const __m512i step = _mm512_set1_epi32(16);
-  __m512i position = counting();
-  int64_t count = 0;
-  // Compression into a register and a full store: compressing stores are microcode on Zen 4.
-  const auto pack = [&](__m512 x, __mmask16 valid) __attribute__((always_inline)) {
-    const __mmask16 m = _mm512_mask_cmp_ps_mask(valid, x, bound, _CMP_GE_OQ);
-    _mm512_storeu_ps(values + count, _mm512_maskz_compress_ps(m, x));
-    _mm512_storeu_si512(positions + count, _mm512_maskz_compress_epi32(m, position));
-    count += ones(m);
-    position = _mm512_add_epi32(position, step);
+// 64 values at a time: one compression gives the places of the candidates as bytes; widened, 16 at a time, they are the
+// positions and choose among the four registers that hold the values. (Compression is into registers: compressing stores
+// are microcode on Zen 4.)
+GLM5_INLINE int64_t pack_64(const __m512 (&x)[4], uint64_t chosen, __m512i start, float* values, int32_t* positions) {
+  const int64_t count = __builtin_popcountll(chosen);
+  const auto put = [&](__m128i places, int at) __attribute__((always_inline)) {
+    const __m512i place = _mm512_cvtepu8_epi32(places);
+    const __m512 low = _mm512_permutex2var_ps(x[0], place, x[1]), high = _mm512_permutex2var_ps(x[2], place, x[3]);
+    const __mmask16 upper = _mm512_movepi32_mask(_mm512_slli_epi32(place, 26));
+    _mm512_storeu_ps(values + at, _mm512_mask_mov_ps(low, upper, high));
+    _mm512_storeu_si512(positions + at, _mm512_add_epi32(place, start));
   };
-  int64_t i = 0;
-  for (; i + 64 <= n; i += 64) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) pack(_mm512_loadu_ps(row + i + 16 * j), 0xffff);
+  const __m512i places = _mm512_maskz_compress_epi8(chosen, _mm512_load_si512(kPlaces.bytes));
+  put(_mm512_castsi512_si128(places), 0);
+  if (count > 16) {
+    put(_mm512_extracti32x4_epi32(places, 1), 16);
+    if (count > 32) {
+      put(_mm512_extracti32x4_epi32(places, 2), 32);
+      put(_mm512_extracti32x4_epi32(places, 3), 48);
+    }
   }
-  for (; i < n; i += 16) pack(_mm512_maskz_loadu_ps(first_n(n - i), row + i), first_n(n - i));
+  return count;
+}
+
+int64_t pack_candidates(const float* row, int64_t n, float threshold, float* values, int32_t* positions) {
+  constexpr int64_t kAhead = 1024;
+  const __m512 bound = _mm512_set1_ps(threshold);
+  __m512i start = _mm512_setzero_si512();
+  int64_t count = 0, i = 0;
+  for (; i + 64 <= n; i += 64) {
+    __m512 x[4];
+    uint64_t chosen = 0;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      _mm_prefetch(reinterpret_cast<const char*>(row + i + 16 * j + kAhead), _MM_HINT_T0);
+      x[j] = _mm512_loadu_ps(row + i + 16 * j);
+      chosen |= static_cast<uint64_t>(_mm512_cmp_ps_mask(x[j], bound, _CMP_GE_OQ)) << 16 * j;
+    }
+    count += pack_64(x, chosen, start, values + count, positions + count);
+    start = _mm512_add_epi32(start, _mm512_set1_epi32(64));
+  }
+  if (i < n) {
+    __m512 x[4];
+    uint64_t chosen = 0;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const int64_t rest = n - i - 16 * j;
+      const __mmask16 valid = rest > 0 ? first_n(rest) : 0;
+      x[j] = _mm512_maskz_loadu_ps(valid, row + i + 16 * j);
+      chosen |= static_cast<uint64_t>(_mm512_mask_cmp_ps_mask(valid, x[j], bound, _CMP_GE_OQ)) << 16 * j;
+    }
+    count += pack_64(x, chosen, start, values + count, positions + count);
+  }
   return count;
 }
 
