@@ -42,8 +42,8 @@ def load_recipe(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
                 f"no recipe called {name!r}; there are {', '.join(recipe_names())}, or give a path to a .toml file"
             )
     try:
-        values = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
@@ -106,11 +106,15 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def _write_table(lines: list[str], path: list[str], table: dict) -> None:
-    # JSON's strings, numbers, booleans and lists are also TOML's.
     plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
     if path and (plain or not table):
         lines += ["", f"[{'.'.join(path)}]"]
-    lines += [f"{key} = {json.dumps(value)}" for key, value in plain.items()]
+    lines += [f"{key} = {_toml_value(value)}" for key, value in plain.items()]
     for key, value in table.items():
         if isinstance(value, dict):
             _write_table(lines, [*path, key], value)
+
+
+def _toml_value(value) -> str:
+    """JSON's numbers, booleans, lists and strings are also TOML's, but for surrogate pairs and a bare DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -2,28 +2,33 @@
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    StringConstraints,
     model_validator,
 )
 
+# A stage's name is also a TOML key, part of a dotted override, and how its checkpoints' folders begin.
+StageName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelRecipe(_Strict):
     preset: str = "tiny"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    overrides: dict[str, Any] = Field(default_factory=dict)  # fields of Glm5Config to change in the preset
+    overrides: dict[str, JsonValue] = Field(default_factory=dict)  # fields of Glm5Config to change in the preset
 
 
 class DataRecipe(_Strict):
@@ -67,11 +72,11 @@ class EvaluationRecipe(_Strict):
 
 class Recipe(_Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # also the name of the run's folder
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     threads: PositiveInt = 2
     model: ModelRecipe
     data: DataRecipe = DataRecipe()
-    stages: dict[str, StageRecipe]  # run in the order in which they are written
+    stages: dict[StageName, StageRecipe] = Field(min_length=1)  # run in the order in which they are written
     evaluation: EvaluationRecipe = EvaluationRecipe()
 
     @model_validator(mode="before")

@@ -26,7 +26,7 @@ def write_report(folder: Path) -> Path:
     folder = Path(folder)
     evaluation = json.loads((folder / "evaluation.json").read_text()) if (folder / "evaluation.json").exists() else {}
     metrics = read_metrics(folder / "metrics.jsonl")
-    recipe = (folder / "recipe.toml").read_text()
+    recipe = (folder / "recipe.toml").read_text(encoding="utf-8")
     path = folder / "report.html"
     write_atomically(path, _page(folder.name, evaluation, metrics, recipe))
     return path
