@@ -37,6 +37,13 @@ def test_an_argument_that_nobody_knows_is_refused(arguments, capsys):
         (["run", "foundation", "stages.pretrain.lr=1"], "foundation.toml: unknown key stages.pretrain.lr; did you mean"),
         (["train", "sft"], "no stage called 'sft'; its stages are pretrain, midtrain, dsa-warmup, dsa-sparse"),
         (["run", "foundation", "model.overrides.hidden_sizes=3"], "did you mean model.overrides.hidden_size?"),
+        (["run", "foundation", "model.overrides.rope_theta=3"], "unknown key model.overrides.rope_theta; did you mean"),
+        (["run", "foundation", "model.overrides.rope_parameters=3"], "rope_parameters is 3, want a table"),
+        (["run", "foundation", "model.overrides.rms_norm_eps=small"], "rms_norm_eps is 'small', want a number"),
+        (["run", "foundation", "model.overrides.vocab_size=256"], "vocab_size is 256, want at least 280"),
+        (["run", "foundation", "stages.dsa-sparse.sequence_length=9000"], "stages.dsa-sparse.sequence_length: 9000 tokens"),
+        (["run", "foundation", "evaluation.sample_tokens=8190"], "8196 tokens, want at most max_position_embeddings, 8192"),
+        (["run", "foundation", "model.overrides.num_nextn_predict_layers=0"], "mtp_depth is 1, want 0"),
         (["generate", "--run", "nowhere"], "nowhere is not a run folder"),
     ],
 )

@@ -61,6 +61,9 @@ class Glm5Config:
             value, least = getattr(self, name), 1 if name in _POSITIVE else 0
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"Glm5Config: {name} is {value!r}, want an integer >= {least}")
+        for f in fields(self):
+            kind, wanted = _KINDS.get(f.type, (object, ""))
+            self._want(isinstance(getattr(self, f.name), kind), f.name, wanted)
         self._want(self.num_key_value_heads == self.num_attention_heads, "num_key_value_heads", "num_attention_heads")
         self._want(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "an even number")
         self._want(
@@ -82,7 +85,9 @@ class Glm5Config:
         self._want(self.rms_norm_eps > 0, "rms_norm_eps", "> 0")
         self._want(self.initializer_range > 0, "initializer_range", "> 0")
         self._want(
-            self.rope_parameters.get("rope_type", "default") == "default" and self.rope_parameters.get("rope_theta", 0) > 0,
+            self.rope_parameters.get("rope_type", "default") == "default"
+            and isinstance(self.rope_parameters.get("rope_theta"), int | float)
+            and self.rope_parameters["rope_theta"] > 0,
             "rope_parameters",
             "rope_type 'default' and a rope_theta > 0 (GLM-5 uses no rope scaling)",
         )
@@ -144,6 +149,8 @@ class Glm5Config:
         return replace(cls(**_PRESETS[name]), **changes)
 
 
+# What a value of a field's type must be an instance of, and how to ask for it.
+_KINDS = {float: ((float, int), "a number"), bool: (bool, "true or false"), str: (str, "a string"), dict: (dict, "a table")}
 _POSITIVE = (
     "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim index_n_heads index_head_dim "

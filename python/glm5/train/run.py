@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from glm5.data import PackedDataset, python_stdlib
+from glm5.data import ByteTokenizer, PackedDataset, python_stdlib
 from glm5.data.files import write_atomically
 from glm5.recipes import Recipe, RecipeError, load_recipe
 from glm5.recipes.load import to_toml
@@ -30,18 +30,41 @@ def build_model(recipe: Recipe):
     """The recipe's model with its initial weights, a function of the seed.
 
     Raises:
-        RecipeError: the recipe overrides a field that the model's configuration does not have.
+        RecipeError: the recipe overrides a field that the model's configuration does not have, or asks for something that
+            the model cannot do.
         ValueError: no such preset, or a field has an impossible value.
     """
     from glm5.model import Glm5Config, Glm5ForCausalLM
 
     config = Glm5Config.preset(recipe.model.preset)
     for key in recipe.model.overrides:
-        if not hasattr(config, key):
+        if key not in vars(config):
             near = difflib.get_close_matches(key, vars(config), n=1, cutoff=0)[0]
             raise RecipeError(f"unknown key model.overrides.{key}; did you mean model.overrides.{near}?")
     config = Glm5Config.preset(recipe.model.preset, **recipe.model.overrides)
+    _want_fitting(recipe, config)
     return Glm5ForCausalLM(config, dtype=getattr(torch, recipe.model.dtype), seed=recipe.seed)
+
+
+def _want_fitting(recipe: Recipe, config) -> None:
+    """Refuses at once what would fail when its stage is reached, which may be hours later."""
+    vocabulary, evaluation = ByteTokenizer.vocab_size, recipe.evaluation
+    if config.vocab_size < vocabulary:
+        raise RecipeError(
+            f"model.overrides.vocab_size is {config.vocab_size}, want at least {vocabulary}: bytes and special tokens"
+        )
+    lengths = {f"stages.{name}.sequence_length": stage.sequence_length for name, stage in recipe.stages.items()}
+    lengths["evaluation.sequence_length"] = evaluation.sequence_length
+    prompt = len(ByteTokenizer().encode_document(evaluation.sample_prompt)) - 1
+    lengths[f"evaluation.sample_tokens with a prompt of {prompt}"] = prompt + evaluation.sample_tokens
+    for key, length in lengths.items():
+        if length > config.max_position_embeddings:
+            raise RecipeError(
+                f"{key}: {length} tokens, want at most max_position_embeddings, {config.max_position_embeddings}"
+            )
+    for name, stage in recipe.stages.items():
+        if stage.mtp_depth and not config.num_nextn_predict_layers:
+            raise RecipeError(f"stages.{name}.mtp_depth is {stage.mtp_depth}, want 0: the model has no MTP layer")
 
 
 def model_tensors(model) -> dict[str, torch.Tensor]:
