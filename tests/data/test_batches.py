@@ -109,6 +109,26 @@ def test_a_file_keeps_its_side_when_others_come_and_go(tmp_path):
     assert after.digest != before.digest
 
 
+def test_a_copy_of_a_train_file_is_not_validated_on(tmp_path):
+    names = [f"m{i}.py" for i in range(60)]
+    for name in names:
+        (tmp_path / name).write_text(f"# {name}")
+    held_out = [n for n in names if is_validation(n, 5)]
+    trained = next(n for n in names if not is_validation(n, 5))
+    (tmp_path / held_out[0]).write_text(f"# {trained}")
+    corpus = python_stdlib(5, root=tmp_path)
+    assert not set(corpus.train) & set(corpus.validation) and len(corpus.validation) == len(held_out) - 1
+
+
+def test_what_cannot_be_read_as_a_file_is_left_out(tmp_path):
+    for i in range(60):
+        (tmp_path / f"m{i}.py").write_text(f"# {i}")
+    before = python_stdlib(5, root=tmp_path)
+    (tmp_path / "gone.py").symlink_to(tmp_path / "nowhere.py")
+    (tmp_path / "folder.py").mkdir()
+    assert python_stdlib(5, root=tmp_path) == before
+
+
 def test_an_empty_corpus_says_what_to_install(tmp_path):
     with pytest.raises(CorpusError, match="libpython3-stdlib"):
         python_stdlib(root=tmp_path)

@@ -35,6 +35,8 @@ def is_validation(name: str, one_in: int) -> bool:
 def python_stdlib(validation_one_in: int = 20, root: str | Path | None = None) -> Corpus:
     """The ``.py`` files under `root` (by default the running interpreter's standard library) that are UTF-8, tests left out.
 
+    A validation file with the very content of a train file is left out too.
+
     Raises:
         CorpusError: fewer than one train or one validation file was found.
     """
@@ -43,7 +45,8 @@ def python_stdlib(validation_one_in: int = 20, root: str | Path | None = None) -
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
         name = path.relative_to(root)
-        if _SKIPPED_FOLDERS.intersection(name.parts) or name.name.startswith(_SKIPPED_PREFIX):
+        skipped = _SKIPPED_FOLDERS.intersection(name.parts) or name.name.startswith(_SKIPPED_PREFIX)
+        if skipped or not path.is_file():  # Debian links some to /etc, where they may be missing
             continue
         raw = path.read_bytes()
         try:
@@ -54,6 +57,8 @@ def python_stdlib(validation_one_in: int = 20, root: str | Path | None = None) -
             continue
         digest.update(name.as_posix().encode() + b"\0" + hashlib.sha256(raw).digest())
         sides[is_validation(name.as_posix(), validation_one_in)].append(raw)
+    train = set(sides[False])
+    sides[True] = [raw for raw in sides[True] if raw not in train]
     if not sides[True] or not sides[False]:
         raise CorpusError(
             f"found {len(sides[False])} train and {len(sides[True])} validation files under {root}; the corpus is Python's "
