@@ -1,6 +1,8 @@
 """Metrics survive a cut; schedules are functions of the step; progress shows speed."""
 
+import errno
 import io
+import os
 
 import pytest
 
@@ -27,12 +29,18 @@ def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path):
         log.truncate(10_000)
 
 
-def test_a_full_disk_names_the_file(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.path = "metrics.jsonl"
-    log._file = open("/dev/full", "ab")
-    with pytest.raises(ValueError, match="metrics.jsonl: No space left on device.*make room"):
+def test_a_full_disk_names_the_file(monkeypatch):
+    log = MetricsLog("/dev/full")
+    with pytest.raises(ValueError, match="cannot write /dev/full: No space left on device.*make room"):
         log.write(step=1)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="cannot write /dev/full: No space left on device.*make room"):
+        log.sync()
+    log.close()  # the line that failed is not tried again: an error here would hide the first one
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

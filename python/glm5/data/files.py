@@ -27,13 +27,13 @@ def write_atomically(path: Path, text: str) -> None:
     """`text` as the whole content of `path`: the old content or the new one is there, never a part.
 
     Raises:
-        OSError: the disk is full or cannot be written; the old content stays.
+        OSError: the disk is full or cannot be written; it names `path`, and the old content stays.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         write_synced(temporary, text.encode())
         temporary.rename(path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     sync_folder(path.parent)

@@ -12,7 +12,7 @@ class MetricsLog:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self._file = open(self.path, "ab")
+        self._file = open(self.path, "ab", buffering=0)  # a buffer would try a failed line again when the file is closed
 
     def write(self, **values) -> None:
         """Appends one line.
@@ -20,19 +20,30 @@ class MetricsLog:
         Raises:
             ValueError: the disk is full; the half line is cut off when the run resumes.
         """
+        line = json.dumps(values).encode() + b"\n"
         try:
-            self._file.write(json.dumps(values).encode() + b"\n")
-            self._file.flush()
+            while line:
+                line = line[self._file.write(line) :]
         except OSError as error:
-            raise ValueError(
-                f"cannot write {self.path}: {error.strerror}; checkpoints are untouched, "
-                "make room and run the same command again"
-            ) from error
+            raise self._failed(error) from error
 
     def sync(self) -> int:
-        """Flushes to the disk and returns the length in bytes."""
-        os.fsync(self._file.fileno())
+        """Flushes to the disk and returns the length in bytes.
+
+        Raises:
+            ValueError: the disk is full.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._failed(error) from error
         return self._file.tell()
+
+    def _failed(self, error: OSError) -> ValueError:
+        return ValueError(
+            f"cannot write {self.path}: {error.strerror}; checkpoints are untouched, "
+            "make room and run the same command again"
+        )
 
     def truncate(self, length: int) -> None:
         """Forgets everything after the first `length` bytes.
