@@ -1,6 +1,8 @@
 """Whole runs at a very small size: stages hand over, a killed run ends with the bits of an uninterrupted one."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +158,17 @@ def test_a_damaged_checkpoint_costs_steps_but_no_bits(uninterrupted, tmp_path):
     newest.write_bytes(newest.read_bytes()[:-1])
     carry_out(small_recipe(), tmp_path)
     assert final_state(tmp_path / "foundation") == final_state(uninterrupted)
+
+
+def test_without_its_checkpoints_a_run_begins_anew(uninterrupted, tmp_path):
+    folder = tmp_path / "foundation"
+    shutil.copytree(uninterrupted, folder)
+    shutil.rmtree(folder / "checkpoints")
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    evaluation["pretrain/dense"]["nats_per_byte"] = 0.0  # as another text or another version would have given
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    carry_out(small_recipe(), tmp_path)
+    assert final_state(folder) == final_state(uninterrupted)
 
 
 def test_another_recipe_does_not_get_into_the_folder(uninterrupted):

@@ -23,6 +23,11 @@ class Evaluator:
         self.path = run.folder / "evaluation.json"
         self.results: dict = json.loads(self.path.read_text()) if self.path.exists() else {"done": []}
 
+    def forget(self) -> None:
+        """Drops all results: the run begins anew."""
+        self.path.unlink(missing_ok=True)
+        self.results = {"done": []}
+
     def validation_loss(self) -> float:
         """Nats per byte on a few packs, in the model's present form of attention."""
         return language_loss(self.model, self.model.attention, self._held_out(_PERIODIC_PACKS))["nats_per_byte"]

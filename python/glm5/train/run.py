@@ -207,6 +207,8 @@ def run_stages(run: Run, model, say=print, last: str | None = None) -> dict:
     evaluator = Evaluator(run, model)
     name, state = resume(run, model, say)
     names = list(run.recipe.stages)
+    if (name, state.step) == (names[0], 0):  # evaluations that are there belong to checkpoints that somebody removed
+        evaluator.forget()
     if last is not None and names.index(last) < names.index(name):
         return evaluator.results  # finished before
     for current in names[names.index(name) :]:
