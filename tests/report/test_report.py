@@ -55,6 +55,12 @@ def test_a_run_that_has_just_begun_has_a_report_too(tmp_path):
     assert "<h2>Result</h2>" in write_report(tmp_path).read_text()
 
 
+def test_recall_that_was_not_measured_is_left_out(folder):
+    nothing = [{"at": at, "indexer": None, "window": None} for at in (0, 60)]
+    (folder / "evaluation.json").write_text(json.dumps(EVALUATION | {"recalls": nothing}))
+    assert "Recall of the true top-k" not in write_report(folder).read_text()
+
+
 def test_the_table_lines_up_and_leaves_out_what_was_not_measured():
     table = text_table(summary_rows(EVALUATION), topk=64).splitlines()
     assert len(table) == 4 and ">256 keys" in table[0] and "top-64 recall" in table[0]

@@ -92,7 +92,8 @@ def _charts(metrics: list[dict], evaluation: dict):
         if divergence:
             caption = "Divergence of the indexer from the attention it should predict, on training batches; logarithmic."
             yield f"{stage}: indexer KL", caption, line_chart({"KL": divergence}, "step", "nats", log_y=True)
-    recalls = {key: [(e["at"], e[key]) for e in evaluation.get("recalls", [])] for key in ("indexer", "window")}
+    measured = [e for e in evaluation.get("recalls", []) if e["indexer"] is not None]
+    recalls = {key: [(e["at"], e[key]) for e in measured] for key in ("indexer", "window")}
     if recalls["indexer"]:
         caption = "Share of the most attended keys that are selected, by held-out text, over the steps of both DSA stages."
         yield "Recall of the true top-k", caption, line_chart(recalls, "DSA step", "recall")

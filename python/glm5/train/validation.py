@@ -22,8 +22,11 @@ def long_rows(batch: Batch, topk: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def language_loss(model, attention: str, held_out: Iterator[Batch], select: Callable | None = None) -> dict[str, float]:
-    """``nats_per_byte`` over all rows and ``long_rows``, nats a target over the rows that may see more than 4 x top-k keys.
+def language_loss(
+    model, attention: str, held_out: Iterator[Batch], select: Callable | None = None
+) -> dict[str, float | None]:
+    """``nats_per_byte`` over all rows and ``long_rows``, nats a target over the rows that may see more than 4 x top-k keys
+    (None where there is no such row).
 
     Args:
         attention: "dense" or "sparse".
@@ -53,11 +56,11 @@ def indexer_kl(model, held_out: Iterator[Batch], stage: str, mtp_depth: int) -> 
 
 
 @torch.no_grad()
-def selection_recall(model, attention: str, held_out: Iterator[Batch]) -> dict[str, float]:
+def selection_recall(model, attention: str, held_out: Iterator[Batch]) -> dict[str, float | None]:
     """Share of the keys with the most attention that the ``indexer`` and a last-k ``window`` select.
 
-    Mean over layers and over the rows that may see more than 4 x top-k keys. Attention is what dense attention would be in
-    each layer, averaged over heads. Memory: T^2 a batch, so give batches of one pack.
+    Mean over layers and over the rows that may see more than 4 x top-k keys; None where there is no such row. Attention is
+    what dense attention would be in each layer, averaged over heads. Memory: T^2 a batch, so give batches of one pack.
     """
     before, model.attention = model.attention, attention
     found = {"indexer": 0.0, "window": 0.0}
@@ -75,4 +78,4 @@ def selection_recall(model, attention: str, held_out: Iterator[Batch]) -> dict[s
                 rows += int(counted.sum())
     finally:
         model.attention = before
-    return {name: value / max(rows, 1) for name, value in found.items()}
+    return {name: value / rows if rows else None for name, value in found.items()}
