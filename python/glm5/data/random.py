@@ -5,8 +5,6 @@ import numpy as np
 # Streams keep draws for different purposes apart. A number, once used, keeps its meaning.
 STREAM_PIECES = 1
 STREAM_EPOCH = 2
-STREAM_SAMPLING = 3
-STREAM_SELECTION = 4
 
 
 def generator(seed: int, stream: int, index: int = 0) -> np.random.Generator:

@@ -101,7 +101,6 @@ def train_stage(
         )
         if validate and state.step % stage.validate_every == 0 and state.step < stage.steps:
             metrics.write(stage=name, step=state.step, validation=validate())
-            model.attention = OBJECTIVES[stage.kind][0]
         if state.step % stage.checkpoint_every == 0 or state.step == stage.steps:
             state.optimizers = {key: optimizer.state_dict() for key, (optimizer, _) in optimizers.items()}
             save(state)

@@ -23,18 +23,16 @@ def muon_splits(model) -> dict[str, Split]:
             splits[name] = lambda t: list(
                 t.view(c.num_attention_heads, -1, t.shape[-1]).split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
             )
-        elif name.endswith("gate_up_proj"):
+        elif name.endswith("experts.gate_up_proj"):
             splits[name] = lambda t: list(t.chunk(2, dim=-2))
-        elif name.endswith("gate_up_proj.weight"):
-            splits[name] = lambda t: list(t.unsqueeze(0).chunk(2, dim=-2))
-        elif name.endswith("down_proj") and _.dim() == 3:
+        elif name.endswith("experts.down_proj"):
             splits[name] = lambda t: [t]
     return splits
 
 
 def is_muon(name: str, parameter: torch.Tensor) -> bool:
     """Muon takes the matrices inside the network; embeddings, output head, router, norms and biases are AdamW's."""
-    on_the_edge = any(part in name for part in ("embed", "lm_head", "mlp.gate.", "router"))
+    on_the_edge = any(part in name for part in ("embed_tokens", "lm_head", "mlp.gate."))
     return parameter.dim() >= 2 and not on_the_edge
 
 
