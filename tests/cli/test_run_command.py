@@ -3,7 +3,7 @@
 import pytest
 
 from glm5.cli.main import main
-from glm5.recipes import load_recipe
+from glm5.recipes import load_recipe, recipe_names
 from tests.train.test_run import SMALL
 
 
@@ -28,6 +28,23 @@ def test_an_argument_that_nobody_knows_is_refused(arguments, capsys):
         main(arguments)
     assert stop.value.code == 2
     assert f"{arguments[0]} does not know {arguments[-1]}; see glm5 {arguments[0]} --help" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command, missing", [("run", "recipe"), ("train", "stage")])
+def test_help_asks_for_what_is_needed_and_names_the_recipes(command, missing, capsys):
+    with pytest.raises(SystemExit):
+        main([command])
+    assert capsys.readouterr().err.endswith(f"the following arguments are required: {missing}\n")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in recipe_names())
+
+
+def test_no_command_shows_the_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2 and "Carry out a recipe" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

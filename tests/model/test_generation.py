@@ -53,7 +53,9 @@ def test_noise_is_gumbel_and_counted():
     [
         (torch.zeros(0, dtype=torch.long), {"max_new_tokens": 1}, "empty prompt"),
         (torch.zeros(4, dtype=torch.long), {"max_new_tokens": -1}, "max_new_tokens is -1"),
-        (torch.zeros(4, dtype=torch.long), {"max_new_tokens": 1, "chunk": 0}, "chunk 0"),
+        (torch.zeros(4, dtype=torch.long), {"max_new_tokens": 1, "chunk": 0}, "chunk is 0"),
+        (torch.zeros(4, dtype=torch.long), {"max_new_tokens": 1, "seed": -1}, "seed is -1, want 0 to"),
+        (torch.zeros(4, dtype=torch.long), {"max_new_tokens": 1, "temperature": float("nan")}, "temperature is nan"),
         (torch.zeros(4, dtype=torch.long), {"max_new_tokens": 2045}, "exceed max_position_embeddings"),
     ],
 )

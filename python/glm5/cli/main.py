@@ -17,7 +17,7 @@ COMMANDS = ("run", "train", "generate", "doctor")
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="glm5", description="The GLM-5 system: train, adapt, serve.")
     parser.add_argument("--version", action="version", version=f"glm5 {glm5.__version__}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(metavar="COMMAND")
     for command in COMMANDS:
         module = import_module(f"glm5.cli.{command}")
         summary = module.__doc__.splitlines()[0]
@@ -31,8 +31,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     """Parses `argv`. argparse closes a KEY=VALUE list at the first option; here it goes on after it."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help(sys.stderr)
+        parser.exit(2)
     if hasattr(args, "overrides"):
-        args.overrides += [text for text in rest if "=" in text and not text.startswith("-")]
+        args.overrides = args.overrides + [text for text in rest if "=" in text and not text.startswith("-")]
         rest = [text for text in rest if text not in args.overrides]
     if rest:
         parser.error(f"{args.name} does not know {' '.join(rest)}; see glm5 {args.name} --help")
@@ -53,5 +56,5 @@ def main(argv: list[str] | None = None) -> int:
         print(f"glm5 {args.name}: {error} (GLM5_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"glm5 {args.name}: interrupted", file=sys.stderr)
+        print(f"\nglm5 {args.name}: interrupted", file=sys.stderr)
         return 130

@@ -4,17 +4,23 @@ from pathlib import Path
 
 NAME = "run"
 
+RECIPE_HELP = "foundation (minutes), small (an evening), or a .toml file"
+
 
 def add_arguments(parser) -> None:
     """RECIPE, overrides, and where runs are kept."""
-    parser.add_argument("recipe", help="name of a recipe that comes with glm5, or a .toml file")
+    parser.add_argument("recipe", help=RECIPE_HELP)
     add_recipe_options(parser)
 
 
 def add_recipe_options(parser) -> None:
     """What every command that takes a recipe takes beside it."""
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="change a key, for example stages.pretrain.steps=50"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a key of the recipe, for example stages.pretrain.steps=50; --dry-run shows all keys",
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")

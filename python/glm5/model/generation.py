@@ -4,6 +4,8 @@ Sampling adds Gumbel noise from a counter-based generator: a token's noise is a 
 run can stop anywhere and go on. Paged caches, batching of strangers and speculation belong to ``glm5.serve``.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -52,17 +54,21 @@ def generate(
         ids with the new tokens appended, int64, as many dimensions as given.
 
     Raises:
-        ValueError: an empty prompt, a negative number, or more tokens than max_position_embeddings.
+        ValueError: an empty prompt, a number out of range, or more tokens than max_position_embeddings.
     """
     prompts = ids if ids.dim() == 2 else ids[None]
     batch, prompt_length = prompts.shape
     total, limit = prompt_length + max_new_tokens, model.config.max_position_embeddings
     if prompt_length == 0:
         raise ValueError("generate: ids holds an empty prompt, want at least one token")
-    if max_new_tokens < 0 or temperature < 0 or chunk < 1:
-        raise ValueError(
-            f"generate: max_new_tokens is {max_new_tokens}, temperature {temperature}, chunk {chunk}; want >= 0, >= 0, >= 1"
-        )
+    for name, value, holds, wanted in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, ">= 0"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "a finite number >= 0"),
+        ("seed", seed, 0 <= seed < 2**64, "0 to 2^64 - 1"),
+        ("chunk", chunk, chunk >= 1, ">= 1"),
+    ):
+        if not holds:
+            raise ValueError(f"generate: {name} is {value}, want {wanted}")
     if total > limit:
         raise ValueError(f"generate: {prompt_length} + {max_new_tokens} tokens exceed max_position_embeddings ({limit})")
 
