@@ -49,9 +49,13 @@ def test_gradients_are_those_of_a_float64_model_on_the_references(stage, shared,
 
     assert not chosen
     assert torch.equal(got["expert_load"], want["expert_load"])
-    torch.testing.assert_close(
-        torch.stack([got["lm"], *got["mtp"]]).double(), torch.stack([want["lm"], *want["mtp"]]), rtol=1e-5, atol=0
-    )
+    if stage == "warmup":  # trains on the KL alone
+        assert got["lm"] is None and got["mtp"] == []
+    else:
+        torch.testing.assert_close(
+            torch.stack([got["lm"], *got["mtp"]]).double(), torch.stack([want["lm"], *want["mtp"]]), rtol=1e-5, atol=0
+        )
+    torch.testing.assert_close(got["indexer_kl"], want["indexer_kl"], rtol=1e-4, atol=0, check_dtype=False)
     for name, gradient in want_grads.items():
         assert (gradient is None) == (got_grads[name] is None), name
         if gradient is not None:

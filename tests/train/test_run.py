@@ -79,8 +79,11 @@ def test_all_stages_run_and_are_evaluated(uninterrupted):
     assert name == "dsa-sparse-000005"
     assert set(files) == {f"{n}.safetensors" for n in ("model", "muon", "adamw", "indexer")}
     assert all(label in evaluation for label in ("pretrain/dense", "dsa-warmup/sparse", "dsa-sparse/random", "samples"))
-    assert [(r["stage"], r["step"]) for r in rows if "lm" in r] == [(s, i) for s in STAGES for i in range(1, 6)]
-    assert any("validation" in row for row in rows)
+    steps = [row for row in rows if "lr_factor" in row]
+    assert [(r["stage"], r["step"]) for r in steps] == [(s, i) for s in STAGES for i in range(1, 6)]
+    assert all(("lm" in r) == (r["stage"] != "dsa-warmup") and ("indexer_kl" in r) == ("dsa" in r["stage"]) for r in steps)
+    # The frozen model of the warm-up is not validated again and again.
+    assert {r["stage"] for r in rows if "validation" in r} == set(STAGES) - {"dsa-warmup"}
 
 
 def test_the_warm_up_changes_the_indexer_and_nothing_else(uninterrupted):

@@ -203,8 +203,9 @@ class Glm5ForCausalLM(nn.Module):
                 language-model losses train the model, the KL on the selected keys trains the indexers and nothing else.
 
         Returns:
-            lm: mean nats a target over the main head, scalar.
-            mtp: the same for each depth; a target counts at depth d only when its row's document reaches d + 1 tokens on.
+            lm: mean nats a target over the main head, scalar; None for "warmup", which has no use for it.
+            mtp: the same for each depth, none for "warmup"; a target counts at depth d only when its row's document reaches
+                d + 1 tokens on.
             indexer_kl: mean KL a row over the indexed layers (each unroll of the MTP layer is one), or None.
             expert_load: int [MoE layers, E], tokens each expert got.
             num_targets: of the main head, int tensor. A mean over no targets is 0.
@@ -219,12 +220,14 @@ class Glm5ForCausalLM(nn.Module):
         attention = {"none": None, "warmup": "dense", "sparse": "sparse"}[indexer]
         run = self._begin(get("positions"), ks, get("ke"), attention=attention, indexer=indexer)
 
-        with torch.set_grad_enabled(run.grad and indexer != "warmup"):
+        learns = indexer != "warmup"  # else the passes are there for the attention that the indexers learn from
+        with torch.set_grad_enabled(run.grad and learns):
             hidden = self.model(tokens, run)
-            lm, num_targets = self._mean_nats(hidden, targets)
+            lm = self._mean_nats(hidden, targets) if learns else None
             mtp = []
             for d, drafted in enumerate(self._mtp(tokens, hidden, run, mtp_depth), 1):
-                mtp.append(self._mean_nats(drafted, mtp_targets(targets, run.positions, run.ks, d))[0])
+                if learns:
+                    mtp.append(self._mean_nats(drafted, mtp_targets(targets, run.positions, run.ks, d)))
 
         kl = None
         if run.kl:
@@ -233,7 +236,7 @@ class Glm5ForCausalLM(nn.Module):
         moe = [layer for layer in self.model.layers if isinstance(layer.mlp, MoE)]
         unused = torch.zeros(self.config.n_routed_experts, dtype=torch.int32, device=tokens.device)
         load = torch.stack([run.loads.get(layer.layer, unused) for layer in moe]) if moe else unused[None][:0]
-        return {"lm": lm, "mtp": mtp, "indexer_kl": kl, "expert_load": load, "num_targets": num_targets}
+        return {"lm": lm, "mtp": mtp, "indexer_kl": kl, "expert_load": load, "num_targets": (targets != IGNORED).sum()}
 
     def target_logprobs(self, batch) -> torch.Tensor:
         """log p(target) [T] of a flat batch as ``losses`` takes it, at least float32; 0 where the target is ignored."""
@@ -252,10 +255,9 @@ class Glm5ForCausalLM(nn.Module):
         )[0]
 
     def _mean_nats(self, hidden, targets):
+        """Mean nats a target, 0 without any."""
         kept = (targets != IGNORED).nonzero().squeeze(1)
-        total = -self._logp(hidden, targets, kept).sum()
-        count = torch.tensor(kept.shape[0], device=hidden.device)
-        return total / max(kept.shape[0], 1), count
+        return -self._logp(hidden, targets, kept).sum() / max(kept.shape[0], 1)
 
     @torch.no_grad()
     def update_router_bias(self, load: torch.Tensor, rate: float) -> None:

@@ -99,7 +99,8 @@ def train_stage(
         metrics.write(
             stage=name, step=state.step, **shown, lr_factor=factor, tokens_per_s=round(speed), seconds=round(seconds, 4)
         )
-        if validate and state.step % stage.validate_every == 0 and state.step < stage.steps:
+        # In the warm-up the model is frozen: its loss stays what it was.
+        if validate and stage.kind != "dsa-warmup" and state.step % stage.validate_every == 0 and state.step < stage.steps:
             metrics.write(stage=name, step=state.step, validation=validate())
         if state.step % stage.checkpoint_every == 0 or state.step == stage.steps:
             state.optimizers = {key: optimizer.state_dict() for key, (optimizer, _) in optimizers.items()}
