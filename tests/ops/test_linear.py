@@ -127,23 +127,40 @@ def test_slices_of_wider_tensors(isa, dtype):
 
 
 def test_every_microkernel_runs(isa):
-    """Every register tile of this instruction set, with rows of A packed and read in place."""
-    rows = {"portable": 4, "avx2": 6}.get(isa, 12)
+    """Every register tile of this instruction set, few rows too, with rows of A packed and read in place."""
+    rows, few = {"portable": (4, 4), "avx2": (6, 4)}.get(isa, (12, 8))
     seen = {}
-    for dtype in (torch.float32,):
-        for m in range(1, rows + 1):
-            x, w = gaussian(m, m, 70, dtype=dtype), gaussian(99, 80, 70, dtype=dtype)
-            with _native.counted_paths() as counts:
-                got = ops.linear(x, w)
-                narrow = ops.linear(x, w[:3])
-            seen.update(counts)
-            want = reference.linear(x.double(), w.double())
-            assert relative_error(got, want) < 1e-6 and relative_error(narrow, want[:, :3]) < 1e-6
+    for m in range(1, rows + 1):
+        # 80 columns are whole vectors of lines in every set, 83 are not.
+        x, w = gaussian(m, m, 70, dtype=torch.float32), gaussian(99, 83, 70, dtype=torch.float32)
+        columns = w.T.contiguous()
+        want = reference.linear(x.double(), w.double())
+        with _native.counted_paths() as counts:
+            for n in (3, 80, 83):
+                got = ops.linear(x, w[:n])
+                assert relative_error(got, want[:, :n]) < 1e-6
+                # B along its rows is never read line by line: the tiles give the same bits.
+                assert same_bits(got, torch.ops.glm5.linear_dx(x, columns[:, :n]))
+        seen.update(counts)
     with _native.counted_paths() as counts:
         ops.linear(gaussian(0, 13, 5, dtype=torch.float32), gaussian(1, 3, 5, dtype=torch.float32))
+        ops.linear(gaussian(0, 1, 64, dtype=torch.float32), gaussian(1, 3, 64, dtype=torch.float32))
     seen.update(counts)
-    wanted = {f"gemm {m}x{n}" for m in range(1, rows + 1) for n in (1, 2)} | {"gemm direct A", "gemm packed A"}
+    wanted = {f"gemm {m}x{n}" for m in range(1, rows + 1) for n in (1, 2)} | {f"gemm lines {m}" for m in range(1, few + 1)}
+    wanted |= {"gemm direct A", "gemm packed A", "gemm lines direct A", "gemm lines packed A"}
     assert wanted <= seen.keys(), wanted - seen.keys()
+
+
+@DTYPES
+def test_few_rows_have_the_bits_of_many(isa, dtype):
+    """Lines of B multiplied as they come from memory, in several tasks, and the packed product: one order of summation."""
+    for inner in (32, 512, 1056, 2085):
+        x, w = gaussian(inner, 40, inner, dtype=dtype), gaussian(1, 700, inner, dtype=dtype)
+        whole = ops.linear(x, w)
+        for rows in range(1, 10):
+            assert same_bits(whole[3 : 3 + rows], ops.linear(x[3 : 3 + rows], w)), (inner, rows)
+        strided = gaussian(2, inner, 40, dtype=dtype).T  # rows across memory
+        assert same_bits(ops.linear(strided[:3], w), ops.linear(strided.contiguous(), w)[:3])
 
 
 @pytest.mark.skipif("amx" not in _native.available_isas(), reason="this processor has no AMX")

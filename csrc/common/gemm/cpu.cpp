@@ -17,6 +17,9 @@ constexpr int kMaxRows = 6, kMaxPanels = 2;   // 12 + 2 + 1 of 16
 constexpr int kMaxRows = 4, kMaxPanels = 2;
 #endif
 constexpr int kAheadBytes = 6 * 64;
+// Up to so many rows, B is multiplied as it comes from memory, without being packed; so many vectors of columns at once.
+constexpr int kLineRows = GLM5_ISA_LEVEL == 2 ? 8 : 4, kLinePanels = GLM5_ISA_LEVEL == 2 ? 1 : 2;
+constexpr int64_t kLinesAheadBytes = 8 * 64, kLinesTaskBytes = 1 << 20;
 constexpr int kScratchTasks = 4, kScratchA = 5, kScratchB = 6, kScratchC = 7;
 // The largest tile. A packed stripe of B (half a megabyte of float32) and the sums of the tile stay in the L2 cache; B is
 // packed once for so many rows that it costs little. A is packed kMaxRows rows at a time and stays in L1.
@@ -261,6 +264,138 @@ void run_tile(const GemmArgs& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
   }
 }
 
+// ---- Few rows: columns [n0, n1), all of k --------------------------------------------------------------------------------
+
+// Keeps the compiler from splitting loops over a pointer, and from keeping all its offsets in (too few) registers.
+template <class P>
+GLM5_INLINE void as_it_is(P*& p) {
+  __asm__("" : "+r"(p));
+}
+
+// B is read once, from memory: what counts is to keep enough reads under way. Lines of B are transposed in registers and
+// multiplied at once, while the same lines further on, and at their ends the next ones, are prefetched.
+// sums[row][panel][lane]: the sums over all of k. a: [step / kLanes][row][step % kLanes].
+// b: kLinePanels kLanes lines, num_lines of them there; next: lines to come, or null.
+template <class T, class K, int kRows>
+__attribute__((noinline)) void multiply_lines(int64_t k_end, const typename K::S* a, const T* b, int64_t b_col,
+                                              int64_t num_lines, const T* next, typename K::S* sums) {
+  using V = typename K::V;
+  using S = typename K::S;
+  constexpr int L = V::kLanes, kTileK = L * K::kPerSlot * K::kPerStep;
+  constexpr int64_t kAhead = kLinesAheadBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t tiled = num_lines >= kLinePanels * L ? k_end / kTileK * kTileK : 0;
+  if (next == nullptr) next = b;  // in cache: costs nothing
+  for (int64_t k0 = 0; k0 == 0 || k0 < k_end; k0 += kGemmBlockK) {
+    const int64_t block_end = k_end - k0 < kGemmBlockK ? k_end : k0 + kGemmBlockK;
+    const int64_t tiles_end = block_end < tiled ? block_end : tiled;
+    V c[kLinePanels][kRows];
+#pragma GCC unroll 2
+    for (int p = 0; p < kLinePanels; ++p)
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) c[p][i] = splat<V>(0);
+    int64_t k = k0;
+    for (; k < tiles_end; k += kTileK) {
+      const T *line = b + k, *fetched = k + kAhead < k_end ? line + kAhead : next + (k + kAhead - k_end);
+      const S* own_a = a + k / K::kPerStep * kRows;
+      as_it_is(fetched);
+#pragma GCC unroll 2
+      for (int p = 0; p < kLinePanels; ++p) {
+        V r[L];
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) {
+          __builtin_prefetch(fetched);
+          r[i] = K::slots(line);
+          line += b_col;
+          fetched += b_col;
+          as_it_is(line);
+          as_it_is(fetched);
+        }
+        transpose(r);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i)
+#pragma GCC unroll 2
+          for (int h = 0; h < K::kPerSlot; ++h) {
+            const V bv = K::from_slot(r[i], h);
+            const int s = i * K::kPerSlot + h;
+#pragma GCC unroll 8
+            for (int row = 0; row < kRows; ++row)
+              c[p][row] = K::step(splat<V>(own_a[(s / L * kRows + row) * L + s % L]), bv, c[p][row]);
+          }
+      }
+    }
+    // What is left: the end of k, or fewer lines than lanes.
+    for (; k < block_end; k += L * K::kPerStep) {
+      const int64_t left = (block_end - k + K::kPerStep - 1) / K::kPerStep;
+      const S* own_a = a + k / K::kPerStep * kRows;
+      for (int p = 0; p < kLinePanels; ++p) {
+        V r[L];
+        read_lines<T, K, L>(b + k + p * L * b_col, b_col, 1, num_lines - p * L, block_end - k, r);
+        transpose(r);
+        for (int i = 0; i < L; ++i)
+          if (i < left)
+            for (int row = 0; row < kRows; ++row) c[p][row] = K::step(splat<V>(own_a[row * L + i]), r[i], c[p][row]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 2
+      for (int p = 0; p < kLinePanels; ++p) {
+        S* own = sums + (row * kLinePanels + p) * L;
+        store(own, k0 > 0 ? load(own) + c[p][row] : c[p][row]);
+      }
+  }
+}
+
+template <class T, class K, int kRows, class... Args>
+GLM5_INLINE void run_multiply_lines(int64_t rows, Args... args) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) multiply_lines<T, K, kRows>(args...);
+    else run_multiply_lines<T, K, kRows - 1>(rows, args...);
+  }
+}
+
+constexpr const char* kLinePathNames[8] = {"gemm lines 1", "gemm lines 2", "gemm lines 3", "gemm lines 4",
+                                           "gemm lines 5", "gemm lines 6", "gemm lines 7", "gemm lines 8"};
+
+template <class T>
+void run_lines(const GemmArgs& g, int64_t n0, int64_t n1) {
+  using K = typename KindFor<T>::Type;
+  using V = typename K::V;
+  using S = typename K::S;
+  constexpr int L = V::kLanes, kCols = kLinePanels * L;
+  const T* bias = static_cast<const T*>(g.bias);
+  const bool out_is_accumulator = sizeof(T) == sizeof(S) || g.out_dtype != g.dtype;
+  const size_t out_size = out_is_accumulator ? sizeof(S) : sizeof(T);
+  // One row may look like this already.
+  const bool direct = g.m == 1 && g.a_col == 1 && sizeof(T) * K::kPerStep == sizeof(S) && g.k % (L * K::kPerStep) == 0;
+  GLM5_COUNT_PATH(direct ? "gemm lines direct A" : "gemm lines packed A");
+  GLM5_COUNT_PATH(kLinePathNames[g.m - 1]);
+  const S* a = static_cast<const S*>(g.a);
+  if (!direct) {
+    const int64_t tiles = (g.k + L * K::kPerStep - 1) / (L * K::kPerStep);
+    S* packed = static_cast<S*>(thread_scratch(kScratchA, g.m * (tiles + 1) * L * sizeof(S)));
+    for (int64_t r = 0; r < g.m; ++r)
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t k = t * L * K::kPerStep;
+        const T* from = static_cast<const T*>(g.a) + r * g.a_row + k * g.a_col;
+        store(packed + (t * g.m + r) * L, read_line<T, K>(from, g.a_col, g.k - k));
+      }
+    a = packed;
+  }
+  alignas(64) S sums[kLineRows * kCols];
+  for (int64_t n = n0; n < n1; n += kCols) {
+    const int64_t cols = n1 - n < kCols ? n1 - n : kCols;
+    char* c = static_cast<char*>(g.c) + n * out_size;
+    const T* b = static_cast<const T*>(g.b) + n * g.b_col;
+    run_multiply_lines<T, K, kLineRows>(g.m, g.k, a, b, g.b_col, cols, n + kCols < n1 ? b + kCols * g.b_col : nullptr, sums);
+    for (int64_t r = 0; r < g.m; ++r)
+      finish_row<T, V, S>(sums + r * kCols, cols, nullptr, nullptr, bias ? bias + n : nullptr, c + r * g.c_row * out_size,
+                          out_is_accumulator);
+  }
+}
+
+bool has_few_rows(const GemmArgs& g) { return g.m > 0 && g.m <= kLineRows && g.b_row == 1 && !g.accumulate; }
+
 // ---- Cutting products into tiles ------------------------------------------------------------------------------------
 
 struct Tiling {
@@ -279,7 +414,8 @@ Tiling tiling(const GemmArgs& g, int64_t wanted) {
     return tiles > 0 ? ((total + tiles - 1) / tiles + unit - 1) / unit * unit : unit;
   };
   // Few rows: B comes from memory, so its lines are followed to their ends, one register tile of columns at a time.
-  if (g.m <= kMaxRows && g.b_row == 1) col_tiles = (g.n + kPair - 1) / kPair;
+  if (has_few_rows(g)) col_tiles = g.n * g.k * static_cast<int64_t>(sizeof(T)) / kLinesTaskBytes + (g.n > 0);
+  else if (g.m <= kMaxRows && g.b_row == 1) col_tiles = (g.n + kPair - 1) / kPair;
   while (row_tiles * col_tiles > 0 && row_tiles * col_tiles < wanted) {
     const int64_t rows = size(g.m, row_tiles, kMaxRows), cols = size(g.n, col_tiles, kPair);
     if (cols > kPair && (cols > rows / 2 || rows <= kMaxRows)) col_tiles *= 2;
@@ -315,7 +451,8 @@ void run_products(const GemmArgs* products, int64_t count) {
     const Tiling t = tiling<T>(g, wanted);
     const int64_t tile = task - first_task[low], row = tile % t.row_tiles, col = tile / t.row_tiles;
     const int64_t m1 = (row + 1) * t.rows, n1 = (col + 1) * t.cols;
-    run_tile<T>(g, row * t.rows, m1 < g.m ? m1 : g.m, col * t.cols, n1 < g.n ? n1 : g.n);
+    if (has_few_rows(g)) run_lines<T>(g, col * t.cols, n1 < g.n ? n1 : g.n);
+    else run_tile<T>(g, row * t.rows, m1 < g.m ? m1 : g.m, col * t.cols, n1 < g.n ? n1 : g.n);
   });
 }
 
@@ -325,7 +462,8 @@ void run_serial(const GemmArgs& g) {
   for (int64_t tile = 0; tile < t.row_tiles * t.col_tiles; ++tile) {
     const int64_t row = tile % t.row_tiles, col = tile / t.row_tiles;
     const int64_t m1 = (row + 1) * t.rows, n1 = (col + 1) * t.cols;
-    run_tile<T>(g, row * t.rows, m1 < g.m ? m1 : g.m, col * t.cols, n1 < g.n ? n1 : g.n);
+    if (has_few_rows(g)) run_lines<T>(g, col * t.cols, n1 < g.n ? n1 : g.n);
+    else run_tile<T>(g, row * t.rows, m1 < g.m ? m1 : g.m, col * t.cols, n1 < g.n ? n1 : g.n);
   }
 }
 

@@ -21,7 +21,24 @@ struct Plain {
   static GLM5_INLINE V across(const T* p, int64_t, int64_t, int64_t lanes) { return load_n(p, lanes); }
   static GLM5_INLINE S one(const T* p, int64_t, int64_t) { return static_cast<S>(to_float(*p)); }
   static GLM5_INLINE V step(V a, V b, V c) { return fma(a, b, c); }
+  // A slot is what one vector reads of a line; kPerSlot steps come out of it, in order.
+  static constexpr int kPerSlot = 1;
+  static GLM5_INLINE V slots(const T* p) { return load(p); }
+  static GLM5_INLINE V from_slot(V slot, int) { return slot; }
 };
+
+#if GLM5_ISA_LEVEL == 1
+// Pairs are transposed as they lie in memory and widened afterwards.
+struct Widened : Plain<bf16> {
+  static constexpr int kPerSlot = 2;
+  static GLM5_INLINE F slots(const bf16* p) { return {_mm256_loadu_ps(reinterpret_cast<const float*>(p))}; }
+  static GLM5_INLINE F from_slot(F slot, int which) {
+    const __m256i pair = _mm256_castps_si256(slot.v);
+    return {_mm256_castsi256_ps(which == 0 ? _mm256_slli_epi32(pair, 16)
+                                           : _mm256_and_si256(pair, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+};
+#endif
 
 #if GLM5_ISA_LEVEL == 2
 struct Pairs {
@@ -49,6 +66,9 @@ struct Pairs {
   static GLM5_INLINE F step(F a, F b, F c) {
     return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(b.v), reinterpret_cast<__m512bh>(a.v))};
   }
+  static constexpr int kPerSlot = 1;
+  static GLM5_INLINE F slots(const bf16* p) { return along(p); }
+  static GLM5_INLINE F from_slot(F slot, int) { return slot; }
 };
 #endif
 
@@ -60,6 +80,11 @@ struct KindFor {
 template <>
 struct KindFor<bf16> {
   using Type = Pairs;
+};
+#elif GLM5_ISA_LEVEL == 1
+template <>
+struct KindFor<bf16> {
+  using Type = Widened;
 };
 #endif
 
