@@ -13,6 +13,7 @@
 #include <string>
 
 #include "common/isa.h"
+#include "common/out_of_memory.h"
 
 namespace glm5 {
 
@@ -86,4 +87,20 @@ inline Tensor empty_like_contiguous(const Tensor& t) {
                               torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
+// Runs an op's body; where there is no memory for a thread's working space the error names the op.
+template <class Body>
+void naming_op(const char* op, const Body& body) {
+  try {
+    body();
+  } catch (const OutOfMemory& error) {
+    throw OutOfMemory(error.bytes(), op);
+  }
+}
+
 }  // namespace glm5
+
+// Registers the function `op` as the kernel of the op of that name: GLM5_IMPL(m, rms_norm).
+#define GLM5_IMPL(m, op) \
+  m.impl(#op, [](StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs) { \
+    ::glm5::naming_op(#op, [&] { TORCH_BOX (&op)(stack, num_inputs, num_outputs); }); \
+  })

@@ -4,13 +4,23 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <mutex>
 #include <new>
 #include <string>
 
+#include "common/out_of_memory.h"
+
 namespace glm5 {
+
+OutOfMemory::OutOfMemory(size_t bytes, const char* op) noexcept : bytes_(bytes) {
+  std::snprintf(text_, sizeof text_, "%s%sno memory for %zu bytes of working space on a thread", op ? op : "",
+                op ? ": " : "", bytes);
+}
+
+const char* OutOfMemory::what() const noexcept { return text_; }
 
 int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
@@ -24,18 +34,18 @@ void run_tasks(int64_t num_tasks, TaskFn task, void* context) {
   std::atomic<int64_t> next{0};
   // An exception that left the callback would reach the caller as torch's "parallel_for failed", without its cause. No
   // std::exception_ptr: the linker would bind it to the C++ runtime that libtorch happens to export.
-  std::atomic<bool> out_of_memory{false};
+  std::atomic<size_t> missing{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     try {
       for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < num_tasks;
            i = next.fetch_add(1, std::memory_order_relaxed))
         task(context, i);
-    } catch (const std::bad_alloc&) {
+    } catch (const OutOfMemory& error) {
       next.store(num_tasks, std::memory_order_relaxed);
-      out_of_memory.store(true, std::memory_order_relaxed);
+      missing.store(error.bytes(), std::memory_order_relaxed);
     }
   });
-  if (out_of_memory.load()) throw std::bad_alloc();
+  if (const size_t bytes = missing.load()) throw OutOfMemory(bytes);
 }
 
 namespace {
@@ -62,7 +72,7 @@ void* thread_scratch(int slot, size_t bytes) {
     const size_t rounded = (bytes + 4095) / 4096 * 4096;
     buffer.data = std::aligned_alloc(4096, rounded);
     buffer.bytes = buffer.data ? rounded : 0;
-    if (!buffer.data) throw std::bad_alloc();
+    if (!buffer.data) throw OutOfMemory(rounded);
   }
   return buffer.data;
 }

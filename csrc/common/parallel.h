@@ -14,8 +14,8 @@ using TaskFn = void (*)(void* context, int64_t task);
 // neighbour slows one thread and not the whole call. Which thread runs a task is not defined: a task may write only
 // what no other task reads or writes, which makes every result independent of the thread count.
 //
-// Tasks throw nothing but the std::bad_alloc of thread_scratch. The first exception ends the call: tasks under way are
-// finished, others not begun, and the caller gets it. Python sees a MemoryError.
+// Tasks throw nothing but the OutOfMemory of thread_scratch (common/out_of_memory.h). The first exception ends the call:
+// tasks under way are finished, others not begun, and the caller gets it; GLM5_IMPL in checks.h adds the op's name.
 void run_tasks(int64_t num_tasks, TaskFn task, void* context);
 
 // The same for a callable: parallel_tasks(n, [&](int64_t task) { ... }).
@@ -27,7 +27,7 @@ inline void parallel_tasks(int64_t num_tasks, const Fn& fn) {
 }
 
 // A 64-byte aligned buffer of this thread, kept and grown between calls; contents are undefined. `slot` (0..7) tells
-// buffers that live at the same time apart: a task that needs two asks for slots 0 and 1. Throws std::bad_alloc.
+// buffers that live at the same time apart: a task that needs two asks for slots 0 and 1. Throws OutOfMemory.
 void* thread_scratch(int slot, size_t bytes);
 
 // Counts how often a code path ran, when counting is on (tests use it to prove that each microkernel and tail was

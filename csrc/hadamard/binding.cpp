@@ -23,6 +23,6 @@ Tensor rotate_hadamard(const Tensor& x_in) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) { m.def("rotate_hadamard(Tensor x) -> Tensor"); }
-STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) { m.impl("rotate_hadamard", TORCH_BOX(&rotate_hadamard)); }
+STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) { GLM5_IMPL(m, rotate_hadamard); }
 
 }  // namespace glm5

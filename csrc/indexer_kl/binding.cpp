@@ -277,10 +277,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) {
-  m.impl("lightning_indexer_kl", TORCH_BOX(&lightning_indexer_kl));
-  m.impl("lightning_indexer_kl_backward", TORCH_BOX(&lightning_indexer_kl_backward));
-  m.impl("indexer_kl_loss", TORCH_BOX(&indexer_kl_loss));
-  m.impl("indexer_kl_loss_backward", TORCH_BOX(&indexer_kl_loss_backward));
+  GLM5_IMPL(m, lightning_indexer_kl);
+  GLM5_IMPL(m, lightning_indexer_kl_backward);
+  GLM5_IMPL(m, indexer_kl_loss);
+  GLM5_IMPL(m, indexer_kl_loss_backward);
 }
 
 }  // namespace glm5

@@ -199,10 +199,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) {
-  m.impl("lightning_indexer_logits", TORCH_BOX(&lightning_indexer_logits));
-  m.impl("lightning_indexer_selected_logits", TORCH_BOX(&lightning_indexer_selected_logits));
-  m.impl("lightning_indexer_topk", TORCH_BOX(&lightning_indexer_topk));
-  m.impl("lightning_indexer_logits_backward", TORCH_BOX(&lightning_indexer_logits_backward));
+  GLM5_IMPL(m, lightning_indexer_logits);
+  GLM5_IMPL(m, lightning_indexer_selected_logits);
+  GLM5_IMPL(m, lightning_indexer_topk);
+  GLM5_IMPL(m, lightning_indexer_logits_backward);
 }
 
 }  // namespace glm5

@@ -281,16 +281,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) {
-  m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linear_dx", TORCH_BOX(&linear_dx));
-  m.impl("linear_dw", TORCH_BOX(&linear_dw));
-  m.impl("linear_dbias", TORCH_BOX(&linear_dbias));
-  m.impl("batched_linear", TORCH_BOX(&batched_linear));
-  m.impl("batched_linear_dx", TORCH_BOX(&batched_linear_dx));
-  m.impl("batched_linear_dw", TORCH_BOX(&batched_linear_dw));
-  m.impl("grouped_linear", TORCH_BOX(&grouped_linear));
-  m.impl("grouped_linear_dx", TORCH_BOX(&grouped_linear_dx));
-  m.impl("grouped_linear_dw", TORCH_BOX(&grouped_linear_dw));
+  GLM5_IMPL(m, linear);
+  GLM5_IMPL(m, linear_dx);
+  GLM5_IMPL(m, linear_dw);
+  GLM5_IMPL(m, linear_dbias);
+  GLM5_IMPL(m, batched_linear);
+  GLM5_IMPL(m, batched_linear_dx);
+  GLM5_IMPL(m, batched_linear_dw);
+  GLM5_IMPL(m, grouped_linear);
+  GLM5_IMPL(m, grouped_linear_dx);
+  GLM5_IMPL(m, grouped_linear_dw);
 }
 
 }  // namespace glm5

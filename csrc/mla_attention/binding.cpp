@@ -253,9 +253,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) {
-  m.impl("mla_attention", TORCH_BOX(&mla_attention));
-  m.impl("mla_attention_backward", TORCH_BOX(&mla_attention_backward));
-  m.impl("mla_attn_target", TORCH_BOX(&mla_attn_target));
+  GLM5_IMPL(m, mla_attention);
+  GLM5_IMPL(m, mla_attention_backward);
+  GLM5_IMPL(m, mla_attn_target);
 }
 
 }  // namespace glm5

@@ -243,12 +243,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) {
-  m.impl("moe_router", TORCH_BOX(&moe_router));
-  m.impl("moe_router_backward", TORCH_BOX(&moe_router_backward));
-  m.impl("moe_permute", TORCH_BOX(&moe_permute));
-  m.impl("moe_permute_backward", TORCH_BOX(&moe_permute_backward));
-  m.impl("moe_unpermute", TORCH_BOX(&moe_unpermute));
-  m.impl("moe_unpermute_backward", TORCH_BOX(&moe_unpermute_backward));
+  GLM5_IMPL(m, moe_router);
+  GLM5_IMPL(m, moe_router_backward);
+  GLM5_IMPL(m, moe_permute);
+  GLM5_IMPL(m, moe_permute_backward);
+  GLM5_IMPL(m, moe_unpermute);
+  GLM5_IMPL(m, moe_unpermute_backward);
 }
 
 }  // namespace glm5

@@ -118,10 +118,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) {
-  m.impl("rms_norm", TORCH_BOX(&rms_norm));
-  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
-  m.impl("layer_norm", TORCH_BOX(&layer_norm));
-  m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
+  GLM5_IMPL(m, rms_norm);
+  GLM5_IMPL(m, rms_norm_backward);
+  GLM5_IMPL(m, layer_norm);
+  GLM5_IMPL(m, layer_norm_backward);
 }
 
 }  // namespace glm5

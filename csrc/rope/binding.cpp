@@ -79,8 +79,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) {
-  m.impl("rope", TORCH_BOX(&rope));
-  m.impl("rope_backward", TORCH_BOX(&rope_backward));
+  GLM5_IMPL(m, rope);
+  GLM5_IMPL(m, rope_backward);
 }
 
 }  // namespace glm5

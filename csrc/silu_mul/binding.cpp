@@ -51,8 +51,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) {
-  m.impl("silu_mul", TORCH_BOX(&silu_mul));
-  m.impl("silu_mul_backward", TORCH_BOX(&silu_mul_backward));
+  GLM5_IMPL(m, silu_mul);
+  GLM5_IMPL(m, silu_mul_backward);
 }
 
 }  // namespace glm5

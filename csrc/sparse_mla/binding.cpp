@@ -145,9 +145,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) {
-  m.impl("sparse_mla", TORCH_BOX(&sparse_mla));
-  m.impl("sparse_mla_backward", TORCH_BOX(&sparse_mla_backward));
-  m.impl("sparse_mla_attn_target", TORCH_BOX(&sparse_mla_attn_target));
+  GLM5_IMPL(m, sparse_mla);
+  GLM5_IMPL(m, sparse_mla_backward);
+  GLM5_IMPL(m, sparse_mla_attn_target);
 }
 
 }  // namespace glm5

@@ -125,8 +125,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) {
-  m.impl("token_logprobs", TORCH_BOX(&token_logprobs));
-  m.impl("token_logprobs_backward", TORCH_BOX(&token_logprobs_backward));
+  GLM5_IMPL(m, token_logprobs);
+  GLM5_IMPL(m, token_logprobs_backward);
 }
 
 }  // namespace glm5

@@ -56,6 +56,6 @@ Tensor topk_indices(const Tensor& scores_in, int64_t k, std::optional<Tensor> ks
 STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
   m.def("topk_indices(Tensor scores, int k, Tensor? ks=None, Tensor? ke=None) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) { m.impl("topk_indices", TORCH_BOX(&topk_indices)); }
+STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) { GLM5_IMPL(m, topk_indices); }
 
 }  // namespace glm5
