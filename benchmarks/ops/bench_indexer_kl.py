@@ -1,4 +1,4 @@
-"""lightning_indexer_kl, forward and with its backward, against the torch expression that holds [Tq, Tk]."""
+"""lightning_indexer_kl and indexer_kl_loss, forward and backward, against the torch expression that holds [Tq, Tk]."""
 
 import torch
 
@@ -86,6 +86,27 @@ def cases(quick: bool):
             with_backward(ops.lightning_indexer_kl, arguments), with_backward(torch_kl, arguments),
             work=pairs * (attention + index + again + 2 * index), peak="bf16",
         )  # fmt: skip
+
+    yield loss_case(512, 4096 if quick else 32768)
+
+
+def loss_case(queries: int, keys: int):
+    """The loss from given logits and target; what it reads and writes once each is the work."""
+    visible = torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None]
+    logits = torch.randn(queries, keys).masked_fill(~visible, float("-inf")).requires_grad_()
+    target = torch.rand(queries, keys).masked_fill(~visible, 0)
+    target /= target.sum(-1, keepdim=True)
+
+    def torch_loss():
+        log_p = logits.log_softmax(-1).masked_fill(~visible, 0)
+        return (torch.xlogy(target, target) - target * log_p).sum(-1)
+
+    return Case(
+        f"indexer_kl_loss + backward float32 Tq={queries} Tk={keys}",
+        lambda: torch.autograd.grad(ops.indexer_kl_loss(logits, target).sum(), logits),
+        lambda: torch.autograd.grad(torch_loss().sum(), logits),
+        work=4.0 * queries * keys * 5, peak="read",
+    )  # fmt: skip
 
 
 def memory_call(keys: int, topk: int | None):

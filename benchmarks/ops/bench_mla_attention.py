@@ -1,4 +1,4 @@
-"""mla_attention against scaled_dot_product_attention: GLM-5's shape, and the tiny model's packed training shape."""
+"""mla_attention against scaled_dot_product_attention: GLM-5's shape and the tiny model's packed one; mla_attn_target."""
 
 import torch
 import torch.nn.functional as F
@@ -55,12 +55,33 @@ def training_case(tokens: int, document: int, heads: int, dk: int, dv: int, dtyp
     )  # fmt: skip
 
 
+def target_case(tokens: int, heads: int, dim: int) -> Case:
+    """The teacher over all keys before each query; in torch a head at a time, as all at once would not fit."""
+    q, k, v, ks, ke = inputs(tokens, heads, dim, 8)
+    scale = dim**-0.5
+    _, lse = ops.mla_attention(q, k, v, ks, ke, scale)
+    hidden = torch.arange(tokens) >= ke[:, None]
+
+    def peer():
+        mass = torch.zeros(tokens, tokens)
+        for h in range(heads):
+            mass += ((q[:, h] @ k[:, h].T).float() * scale - lse[:, h, None]).exp()
+        mass.masked_fill_(hidden, 0)
+        return mass / mass.sum(-1, keepdim=True)
+
+    return Case(
+        f"mla_attn_target bf16 causal T={tokens} H={heads} D={dim}",
+        lambda: ops.mla_attn_target(q, k, lse, ks, ke, scale), peer, work=1.0 * heads * tokens * tokens * dim, peak="bf16",
+    )  # fmt: skip
+
+
 def cases(quick: bool):
     yield forward_case(2048, 2, 256)
     yield forward_case(8192, 2, 256, goal_ratio=1.8)
     yield forward_case(2048, 2, 256, isa="avx2")
     yield training_case(8192, 1024, 4, 64, 32)
     yield training_case(8192, 1024, 4, 64, 32, dtype=torch.float32)
+    yield target_case(2048, 4, 256)
     if not quick:
         yield training_case(2048, 2048, 2, 256, 256)
 

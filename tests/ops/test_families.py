@@ -1,6 +1,7 @@
 """What every public op has, whichever family it is of: a reference, a spec, a fake kernel, tests, a benchmark, errors."""
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ def test_an_op_has_all_its_rooms(name):
     family = function.__module__.rpartition(".")[2]
     for path in (f"csrc/{family}/binding.cpp", f"tests/ops/test_{family}.py"):
         assert name in (ROOT / path).read_text(), f"{path} never names {name}"
-    assert (ROOT / f"benchmarks/ops/bench_{family}.py").is_file()
+    assert re.search(rf"\bops\.{name}\b", (ROOT / f"benchmarks/ops/bench_{family}.py").read_text())
+    assert f"| `{name}` |" in (ROOT / "docs/ops.md").read_text()
 
 
 @pytest.mark.parametrize("name", ops.__all__)
