@@ -14,6 +14,7 @@ constexpr int64_t kTokenBlock = 16;
 constexpr int kDoubles = GLM5_ISA_LEVEL == 2 ? 8 : GLM5_ISA_LEVEL == 1 ? 4 : 2;
 typedef double Doubles __attribute__((vector_size(8 * kDoubles)));
 typedef uint64_t Bits __attribute__((vector_size(8 * kDoubles)));
+typedef int64_t Integers __attribute__((vector_size(8 * kDoubles)));
 
 // 1 / (1 + e^-x), within 2 ulp.
 GLM5_INLINE Doubles sigmoid(Doubles x) {
@@ -47,27 +48,55 @@ GLM5_INLINE Doubles sigmoid(Doubles x) {
 
 GLM5_INLINE double sigmoid(double x) { return sigmoid(Doubles{} + x)[0]; }
 
-// scores[e] = sigmoid(logits[e]); scores may be written up to the next whole vector.
+constexpr double kNever = -__builtin_inf();  // the key of what cannot be chosen
+
+// Places are doubles too: every set compares those.
+GLM5_INLINE Doubles lanes_from(int64_t first) {
+  Doubles x;
+#pragma GCC unroll 8
+  for (int l = 0; l < kDoubles; ++l) x[l] = l;
+  return x + static_cast<double>(first);
+}
+GLM5_INLINE Doubles load_doubles(const double* p) {
+  Doubles x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+// scores[i] = sigmoid(logits[i]); scores may be written up to the next whole vector.
 template <class S>
 void sigmoids(const S* logits, int64_t n, double* scores) {
   typedef S Given __attribute__((vector_size(sizeof(S) * kDoubles)));
-  for (int64_t e = 0; e < n; e += kDoubles) {
+  for (int64_t i = 0; i < n; i += kDoubles) {
     Given x{};
-    if (n - e >= kDoubles) std::memcpy(&x, logits + e, sizeof(x));
-    else std::memcpy(&x, logits + e, sizeof(S) * static_cast<size_t>(n - e));
+    if (n - i >= kDoubles) std::memcpy(&x, logits + i, sizeof(x));
+    else std::memcpy(&x, logits + i, sizeof(S) * static_cast<size_t>(n - i));
     const Doubles y = sigmoid(__builtin_convertvector(x, Doubles));
-    std::memcpy(scores + e, &y, sizeof(y));
+    std::memcpy(scores + i, &y, sizeof(y));
   }
 }
 
-// The `k` largest of the keys for which allowed(i), ties to the lower i, NaN and -inf never; returns how many there are.
-// Keeps a sorted list; a candidate is compared with its last entry only. Leaves indices in ids, largest key first.
-template <class Allowed>
-GLM5_INLINE int64_t largest(const double* keys, int64_t n, int64_t k, const Allowed& allowed, double* best, int32_t* ids) {
+// keys[e] = scores[e] + bias[e], kNever for NaN, and up to the next whole vector.
+template <class S>
+void bias_keys(const double* scores, const S* bias, int64_t n, double* keys) {
+  typedef S Given __attribute__((vector_size(sizeof(S) * kDoubles)));
+  for (int64_t e = 0; e < n; e += kDoubles) {
+    Given shift = Given{} + static_cast<S>(kNever);
+    if (n - e >= kDoubles) std::memcpy(&shift, bias + e, sizeof(shift));
+    else std::memcpy(&shift, bias + e, sizeof(S) * static_cast<size_t>(n - e));
+    const Doubles key = load_doubles(scores + e) + __builtin_convertvector(shift, Doubles);
+    const Doubles kept = key > kNever ? key : Doubles{} + kNever;
+    std::memcpy(keys + e, &kept, sizeof(kept));
+  }
+}
+
+// The `k` largest of the keys, ties to the lower index, NaN and -inf never; returns how many there are. Keeps a sorted
+// list; a candidate is compared with its last entry only. Leaves indices in ids, largest key first.
+int64_t largest(const double* keys, int64_t n, int64_t k, double* best, int32_t* ids) {
   int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
     const double key = keys[i];
-    if (!(key > -__builtin_inf()) || !allowed(i)) continue;
+    if (!(key > kNever)) continue;
     int64_t at = count;
     if (count == k) {
       if (!(key > best[k - 1])) continue;
@@ -85,23 +114,92 @@ GLM5_INLINE int64_t largest(const double* keys, int64_t n, int64_t k, const Allo
   return count;
 }
 
-void sort_ascending(int32_t* ids, int64_t n) {
-  for (int64_t i = 1; i < n; ++i) {
-    const int32_t id = ids[i];
-    int64_t at = i;
-    for (; at > 0 && ids[at - 1] > id; --at) ids[at] = ids[at - 1];
-    ids[at] = id;
+// The same for keys that bias_keys() wrote, indices ascending. A random key makes a branch on it a guess, so there are none.
+// Of few keys each one's rank is counted; of many, the largest is found and struck out k times.
+constexpr int64_t kFew = 16;
+int64_t largest_of_few(const double* keys, int64_t n, int64_t k, int32_t* ids) {
+  int32_t chosen[kFew + kDoubles];
+  int64_t count = 0;
+  for (int64_t e = 0; e < n; e += kDoubles) {
+    const Doubles place = lanes_from(e);
+    const Doubles mine = load_doubles(keys + e);
+    Integers ahead{};
+    for (int64_t i = 0; i < n; ++i) {
+      const Doubles other = Doubles{} + keys[i];
+      ahead -= (other > mine) | ((other == mine) & (place > static_cast<double>(i)));
+    }
+    ahead = mine > kNever ? ahead : Integers{} + kFew;
+    for (int l = 0; l < kDoubles; ++l) {
+      chosen[count] = static_cast<int32_t>(e + l);
+      count += ahead[l] < k;
+    }
   }
+  for (int64_t j = 0; j < count; ++j) ids[j] = chosen[j];
+  return count;
+}
+
+// The larger in each lane, and its place; the lower place of equals.
+GLM5_INLINE void merge(Doubles& best, Doubles& place, Doubles other, Doubles other_place) {
+  const Integers wins = (other > best) | ((other == best) & (other_place < place));
+  best = wins ? other : best;
+  place = wins ? other_place : place;
+}
+
+int64_t largest_of_many(double* keys, int64_t n, int64_t k, uint64_t* words, int32_t* ids) {
+  constexpr int kChains = 4;
+  std::memset(words, 0, sizeof(uint64_t) * static_cast<size_t>((n + 63) / 64));
+  for (int64_t round = 0; round < k; ++round) {
+    Doubles best[kChains];
+    Doubles place[kChains];
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) best[c] = Doubles{} + kNever, place[c] = Doubles{};
+    int64_t e = 0;
+    for (; e + kChains * kDoubles <= n; e += kChains * kDoubles) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) {
+        const Doubles key = load_doubles(keys + e + c * kDoubles);
+        const Integers wins = key > best[c];
+        best[c] = wins ? key : best[c];
+        place[c] = wins ? lanes_from(e + c * kDoubles) : place[c];
+      }
+    }
+    for (; e < n; e += kDoubles) {
+      const Doubles key = load_doubles(keys + e);
+      const Integers wins = key > best[0];
+      best[0] = wins ? key : best[0];
+      place[0] = wins ? lanes_from(e) : place[0];
+    }
+    merge(best[0], place[0], best[1], place[1]);
+    merge(best[2], place[2], best[3], place[3]);
+    merge(best[0], place[0], best[2], place[2]);
+#pragma GCC unroll 4
+    for (int step = kDoubles / 2; step > 0; step /= 2) {
+      Integers partner;
+#pragma GCC unroll 8
+      for (int l = 0; l < kDoubles; ++l) partner[l] = l ^ step;
+      merge(best[0], place[0], __builtin_shuffle(best[0], partner), __builtin_shuffle(place[0], partner));
+    }
+    if (!(best[0][0] > kNever)) break;
+    const int64_t found = static_cast<int64_t>(place[0][0]);
+    keys[found] = kNever;
+    words[found / 64] |= uint64_t{1} << found % 64;
+  }
+  int64_t count = 0;
+  for (int64_t w = 0; w < (n + 63) / 64; ++w)
+    for (uint64_t rest = words[w]; rest; rest &= rest - 1)
+      ids[count++] = static_cast<int32_t>(64 * w + __builtin_ctzll(rest));
+  return count;
 }
 
 struct Scratch {
   double *scores, *keys, *group_scores, *best;
+  uint64_t* words;
   int32_t* group_ids;
   uint8_t* group_kept;
 };
 
-int64_t choose(const MoeRouterArgs& a, const Scratch& s, int32_t* ids) {
-  if (a.groups == 1) return largest(s.keys, a.experts, a.topk, [](int64_t) { return true; }, s.best, ids);
+// Strikes out the keys of groups that do not compete.
+void keep_groups(const MoeRouterArgs& a, const Scratch& s) {
   const int64_t size = a.experts / a.groups;
   for (int64_t g = 0; g < a.groups; ++g) {  // a group's score is the sum of its two best keys
     double first = -__builtin_inf(), second = -__builtin_inf();
@@ -116,38 +214,48 @@ int64_t choose(const MoeRouterArgs& a, const Scratch& s, int32_t* ids) {
     s.group_scores[g] = size == 1 ? first : first + second;
     s.group_kept[g] = 0;
   }
-  const int64_t kept = largest(s.group_scores, a.groups, a.topk_groups, [](int64_t) { return true; }, s.best, s.group_ids);
+  const int64_t kept = largest(s.group_scores, a.groups, a.topk_groups, s.best, s.group_ids);
   for (int64_t i = 0; i < kept; ++i) s.group_kept[s.group_ids[i]] = 1;
-  return largest(s.keys, a.experts, a.topk, [&](int64_t e) { return s.group_kept[e / size] != 0; }, s.best, ids);
+  for (int64_t g = 0; g < a.groups; ++g)
+    if (!s.group_kept[g])
+      for (int64_t e = g * size; e < (g + 1) * size; ++e) s.keys[e] = kNever;
+}
+
+int64_t choose(const MoeRouterArgs& a, const Scratch& s, int32_t* ids) {
+  if (a.groups > 1) keep_groups(a, s);
+  if (a.experts <= kFew) return largest_of_few(s.keys, a.experts, a.topk, ids);
+  return largest_of_many(s.keys, a.experts, a.topk, s.words, ids);
 }
 
 template <class S>
 void forward(const MoeRouterArgs& a) {
   const S* bias = static_cast<const S*>(a.bias);
+  // Tokens whose sigmoids are computed together: one token's few would wait for each other's long chains.
+  const int64_t together = a.experts >= 128 ? 1 : 128 / a.experts < kTokenBlock ? 128 / a.experts : kTokenBlock;
   parallel_tasks((a.tokens + kTokenBlock - 1) / kTokenBlock, [&](int64_t task) {
-    const int64_t best_size = a.topk > a.topk_groups ? a.topk : a.topk_groups;
     Scratch s;
-    s.scores = static_cast<double*>(
-        thread_scratch(0, (2 * a.experts + kDoubles + a.groups + best_size) * sizeof(double) + a.groups * 5 + 64));
-    s.keys = s.scores + a.experts + kDoubles;
-    s.group_scores = s.keys + a.experts;
+    s.scores = static_cast<double*>(thread_scratch(
+        0, ((together + 2) * a.experts + 3 * kDoubles + a.groups + a.topk_groups) * sizeof(double) + a.groups * 5 + 64));
+    s.keys = s.scores + together * a.experts + kDoubles;
+    s.group_scores = s.keys + a.experts + kDoubles;
     s.best = s.group_scores + a.groups;
-    s.group_ids = reinterpret_cast<int32_t*>(s.best + best_size);
+    s.words = reinterpret_cast<uint64_t*>(s.best + a.topk_groups);
+    s.group_ids = reinterpret_cast<int32_t*>(s.words + a.experts / 64 + 1);
     s.group_kept = reinterpret_cast<uint8_t*>(s.group_ids + a.groups);
-    const int64_t end = (task + 1) * kTokenBlock < a.tokens ? (task + 1) * kTokenBlock : a.tokens;
-    for (int64_t t = task * kTokenBlock; t < end; ++t) {
-      const S* logits = static_cast<const S*>(a.logits) + t * a.experts;
+    const int64_t first = task * kTokenBlock, end = first + kTokenBlock < a.tokens ? first + kTokenBlock : a.tokens;
+    for (int64_t t = first; t < end; ++t) {
+      const int64_t within = (t - first) % together;
+      if (within == 0)
+        sigmoids(static_cast<const S*>(a.logits) + t * a.experts, (end - t < together ? end - t : together) * a.experts,
+                 s.scores);
+      const double* scores = s.scores + within * a.experts;
       S* weights = static_cast<S*>(a.weights) + t * a.topk;
       int32_t* ids = a.ids + t * a.topk;
-      double* scores = s.scores;
-      double* keys = s.keys;
-      sigmoids(logits, a.experts, scores);
-      for (int64_t e = 0; e < a.experts; ++e) keys[e] = scores[e] + static_cast<double>(bias[e]);
       if (a.replay) {
         for (int64_t j = 0; j < a.topk; ++j) ids[j] = a.replay[t * a.topk + j];
       } else {
+        bias_keys(scores, bias, a.experts, s.keys);
         const int64_t chosen = choose(a, s, ids);
-        sort_ascending(ids, chosen);
         for (int64_t j = chosen; j < a.topk; ++j) ids[j] = -1;
       }
       double total = 0;

@@ -31,13 +31,30 @@ class TestRouter:
                     got = properties.run_with_gradients(ROUTER, arguments)
                 assert all(properties.same_bits(g, w) for g, w in zip(got, want, strict=True)), name
 
-    def test_a_token_depends_on_itself_alone(self, isa):
-        logits, bias = torch.randn(45, 64), torch.randn(64) * 0.1
-        weights, ids = ops.moe_router(logits, bias, 8)
+    @pytest.mark.parametrize("experts, topk", [(64, 8), (8, 2), (3, 1)])
+    def test_a_token_depends_on_itself_alone(self, isa, experts, topk):
+        logits, bias = torch.randn(45, experts), torch.randn(experts) * 0.1
+        weights, ids = ops.moe_router(logits, bias, topk)
         order = torch.randperm(45)
         for rows in (order, slice(0, 1), slice(44, 45), slice(15, 17)):
-            w, i = ops.moe_router(logits[rows], bias, 8)
+            w, i = ops.moe_router(logits[rows], bias, topk)
             assert properties.same_bits(weights[rows], w) and torch.equal(ids[rows], i)
+
+    @pytest.mark.parametrize("experts", [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129, 256])
+    def test_chooses_what_the_reference_chooses(self, isa, experts):
+        """Few experts and many, whole vectors and rests, values shared by many, NaN and infinities among them."""
+        inf = float("inf")
+        logits = torch.randn(40, experts).mul(2).round()
+        odd = torch.randint(12, logits.shape)
+        for value, number in ((float("nan"), 0), (inf, 1), (-inf, 2)):
+            logits.masked_fill_(odd == number, value)
+        logits[-1] = float("nan")
+        bias = torch.randint(2, (experts,)).float()
+        bias[experts // 2] = -inf
+        bias[-1] = inf
+        for topk in {1, min(2, experts), min(8, experts), experts}:
+            ids = ops.moe_router(logits, bias, topk)[1]
+            assert torch.equal(ids, reference.topk_indices(logits.double().sigmoid() + bias.double(), topk))
 
     def test_bias_moves_the_choice_and_not_the_weights(self, isa):
         logits = torch.randn(20, 16)
