@@ -109,17 +109,19 @@ def loss_case(queries: int, keys: int):
     )  # fmt: skip
 
 
-def memory_call(keys: int, topk: int | None):
-    """One forward and backward of 4 x 64 indexer heads at ``keys`` keys."""
-    arguments = inputs(keys, keys, 4, 64, 2, 32, topk)
+def memory_call(queries: int, keys: int, dim: int, topk: int | None):
+    """One forward and backward of 4 indexer heads."""
+    arguments = inputs(queries, keys, 4, dim, 2, 32, topk)
     return with_backward(ops.lightning_indexer_kl, arguments)
 
 
 def memory_cases(quick: bool):
-    """16 parts of dk and the outputs, never [Tq, Tk] (4 GiB at 32K)."""
-    keys = 4096 if quick else 32768
-    parts, outputs = 16 * keys * 64 * 4, keys * (5 * 64 * 2 + 4 * 4)
-    yield MemoryCase(
-        f"lightning_indexer_kl + backward, {keys} keys", "benchmarks.ops.bench_indexer_kl:memory_call",
-        {"keys": keys, "topk": None}, limit=2 * (parts + outputs) + (16 << 20),
-    )  # fmt: skip
+    """Parts of dk, 256 MiB of them at most, and the outputs, never [Tq, Tk] (4 GiB at 32K)."""
+    for queries, keys, dim in ((4096, 4096, 64),) if quick else ((32768, 32768, 64), (1024, 131072, 128)):
+        parts = min(16 * keys * dim * 4, 256 << 20)
+        outputs = (queries * 4 + keys) * dim * 2 + queries * 4 * 4
+        yield MemoryCase(
+            f"lightning_indexer_kl + backward, {queries} queries, {keys} keys",
+            "benchmarks.ops.bench_indexer_kl:memory_call",
+            {"queries": queries, "keys": keys, "dim": dim, "topk": None}, limit=1.25 * (parts + 2 * outputs) + (32 << 20),
+        )  # fmt: skip

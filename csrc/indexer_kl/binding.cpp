@@ -146,7 +146,8 @@ struct KlInputs {
     args.tiles = tiles.data();
     args.order = order.data();
     args.num_tiles = static_cast<int64_t>(tiles.size());
-    args.num_parts = std::min(args.num_tiles, kKlParts);
+    const int64_t part_bytes = std::max<int64_t>(args.num_keys * args.dim * (is_float64() ? 8 : 4), 1);
+    args.num_parts = std::min({args.num_tiles, kKlParts, std::max(kKlPartsBytes / part_bytes, kKlFewestParts)});
   }
 
   bool is_float64() const { return args.dtype == static_cast<int>(Dtype::float64); }

@@ -4,6 +4,7 @@
 // q_h . k_s > 0, and multiplies: dq = P k, dk = P^T q, dw[t,h] = sum_s dI[t,s] relu(q_h . k_s). Products are common/gemm's,
 // whose elements know nothing of their tile, so a row's bits depend on its own keys alone.
 #include "common/gemm/gemm.h"
+#include "common/parts.h"
 #include "indexer_kl/row.h"
 
 namespace glm5::cpu::GLM5_ISA {
@@ -384,7 +385,6 @@ void forward(const LightningIndexerKlArgs& a) {
 template <class T>
 void backward(const LightningIndexerKlArgs& a) {
   using S = Acc<T>;
-  using V = Vector<T>;
   const int64_t size = a.num_keys * a.dim;
   S* parts = static_cast<S*>(a.dk_parts);
   parallel_tasks(a.num_parts, [&](int64_t part) {
@@ -399,12 +399,7 @@ void backward(const LightningIndexerKlArgs& a) {
   });
   constexpr int64_t kPiece = 1 << 14;
   parallel_tasks((size + kPiece - 1) / kPiece, [&](int64_t task) {
-    const int64_t end = smaller(size, (task + 1) * kPiece);
-    for (int64_t i = task * kPiece; i < end; i += V::kLanes) {
-      V total = splat<V>(0);
-      for (int64_t part = 0; part < a.num_parts; ++part) total = total + load_n(parts + part * size + i, end - i);
-      store_n(static_cast<T*>(a.dk) + i, total, end - i);
-    }
+    add_parts(parts, a.num_parts, size, task * kPiece, smaller(size, (task + 1) * kPiece), static_cast<T*>(a.dk));
   });
 }
 

@@ -14,8 +14,9 @@ struct KlTile {
 };
 
 inline constexpr int64_t kKlTileRows = 64;
-// The backward sums dk in this many parts at most, each a fixed share of the tiles, and adds the parts in order.
-inline constexpr int64_t kKlParts = 16;
+// The backward sums dk in this many parts at most, each a fixed share of the tiles, and adds the parts in order. Long
+// documents get fewer: as many as fit in kKlPartsBytes, but kKlFewestParts, since no more threads than parts find work.
+inline constexpr int64_t kKlParts = 16, kKlFewestParts = 4, kKlPartsBytes = 256 << 20;
 
 struct LightningIndexerKlArgs {
   int dtype;                // Dtype of q, k, attn_q, attn_k and their gradients

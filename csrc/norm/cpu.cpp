@@ -2,6 +2,7 @@
 #include "norm/norm.h"
 
 #include "common/parallel.h"
+#include "common/parts.h"
 #include "common/simd.h"
 
 namespace glm5::cpu::GLM5_ISA {
@@ -78,13 +79,7 @@ void backward(const RmsNormArgs& a) {
       }
     }
   });
-  T* dweight = static_cast<T*>(a.dweight);
-  for (int64_t i = 0; i < a.dim; i += L) {
-    const int64_t n = a.dim - i;
-    V total = splat<V>(0);
-    for (int64_t b = 0; b < blocks; ++b) total = total + load_n(static_cast<const S*>(a.partial) + b * a.dim + i, n);
-    store_n(dweight + i, total, n);
-  }
+  add_parts(static_cast<const S*>(a.partial), blocks, a.dim, 0, a.dim, static_cast<T*>(a.dweight));
 }
 
 }  // namespace

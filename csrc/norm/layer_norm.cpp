@@ -1,5 +1,6 @@
 // Layer normalisation on the CPU. A row is normalised by one task from its own values alone (row invariance).
 #include "common/parallel.h"
+#include "common/parts.h"
 #include "common/simd.h"
 #include "norm/norm.h"
 
@@ -98,16 +99,9 @@ void backward(const LayerNormArgs& a) {
       }
     }
   });
-  for (int which = 0; which < 2; ++which) {
-    T* out = static_cast<T*>(which == 0 ? a.dweight : a.dbias);
-    for (int64_t i = 0; i < a.dim; i += L) {
-      const int64_t n = a.dim - i;
-      V total = splat<V>(0);
-      for (int64_t b = 0; b < blocks; ++b)
-        total = total + load_n(static_cast<const S*>(a.partial) + (2 * b + which) * a.dim + i, n);
-      store_n(out + i, total, n);
-    }
-  }
+  const S* parts = static_cast<const S*>(a.partial);
+  add_parts(parts, blocks, 2 * a.dim, 0, a.dim, static_cast<T*>(a.dweight));
+  add_parts(parts + a.dim, blocks, 2 * a.dim, 0, a.dim, static_cast<T*>(a.dbias));
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ def lightning_indexer_kl(
     ``p[t,s] ~ sum_h exp(scale * attn_q[t,h] . attn_k[s,h] - attn_lse[t,h])``. Without ``indices`` (the warm-up stage) both
     distributions are over the keys [ks, ke); with them (the sparse stage) over the selected keys alone. Scores are computed
     again in the backward; with indices the masses, [Tq, topk], are kept instead. Working memory: a block of 256 keys by a
-    tile of queries for each thread, and in the backward at most 16 copies of dk.
+    tile of queries for each thread, and in the backward 16 copies of dk in float32, fewer (4 at least) beyond 256 MiB.
 
     Args:
         q: [Tq, Hi, Di], the indexer's queries; bfloat16, float32 or float64.
