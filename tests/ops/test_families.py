@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glm5 import ops, reference
 from glm5.testing import RandomDraw, check, spec, specs
@@ -63,6 +64,15 @@ def test_all_meta_gives_eager_shapes(name):
     there, here = (getattr(ops, name)(**a) for a in (meta, arguments))
     for a, b in zip(*(o if isinstance(o, tuple) else (o,) for o in (there, here)), strict=True):
         assert a.device.type == "meta" and (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_a_device_without_kernels_is_named(name):
+    arguments = drawn(name)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there = {k: v.new_empty(v.shape, device="cuda") if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    with pytest.raises(ValueError, match=f"{name}: .* is on cuda:0, want cpu"):
+        getattr(ops, name)(**there)
 
 
 @pytest.mark.parametrize("name", ops.__all__)

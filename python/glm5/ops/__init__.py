@@ -1,6 +1,9 @@
 """The ops: one public function each, on the compiled kernels of the ``glm5`` torch library.
 
-Each has a dense specification of the same name and signature in ``glm5.reference``.
+Each has a dense specification of the same name and signature in ``glm5.reference``. Inputs are read in any layout; outputs
+are contiguous. Wrong shapes, dtypes and values raise ValueError that names the op and the argument, in eager and, as far as
+no values are needed to see it, where a model is traced. Gradients exist once: a second derivative raises RuntimeError.
+MemoryError names the op whose working memory could not be had.
 """
 
 from glm5.ops.hadamard import rotate_hadamard

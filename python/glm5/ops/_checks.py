@@ -1,20 +1,22 @@
 """Checks shared by the public functions. Shapes, dtypes and values are checked by the compiled side (ValueError).
 
-Checked here is what never gets there: what is no tensor or integer (TypeError), and tensors on different devices
-(ValueError). torch gives a call to the kernels of one of those devices; with a meta tensor among them that is the fake
-kernel, which would answer with a tensor without values.
+Checked here is what never gets there: what is no tensor or integer (TypeError), tensors on a device without kernels, and
+tensors on different devices (ValueError). torch gives a call to the kernels of one of those devices; with a meta tensor
+among them that is the fake kernel, which would answer with a tensor without values.
 """
 
 import torch
 
 
 def want_tensors(op: str, **arguments) -> None:
-    """Raises TypeError naming the first argument that is not a torch.Tensor, ValueError naming one on another device."""
+    """Raises TypeError naming the first argument that is no torch.Tensor, ValueError naming one on a wrong device."""
     first = None
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{op}: {name} is {type(value).__name__}, want torch.Tensor")
         if first is None:
+            if value.device.type not in ("cpu", "meta"):
+                raise ValueError(f"{op}: {name} is on {value.device}, want cpu")
             first = name
         elif value.device != arguments[first].device:
             raise ValueError(

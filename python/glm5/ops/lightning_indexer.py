@@ -29,10 +29,10 @@ def lightning_indexer_logits(
 
     Returns:
         [Tq, Tk] float32 (float64 for float64). A score depends on its query and its key alone: the sums over D and H have
-        a fixed order. Differentiable in q, k and weights (not for e4m3).
+        a fixed order. Differentiable in q, k and weights (not for e4m3). Under CPU autocast q and k are cast to its dtype.
 
     Raises:
-        TypeError: q, k, weights, ks or ke is not a tensor.
+        TypeError: an argument is not a tensor.
         ValueError: wrong dtype, shape or device, k_scale with keys that are not e4m3, ks < 0, ke > Tk.
     """
     scale = {} if k_scale is None else {"k_scale": k_scale}
@@ -64,7 +64,8 @@ def lightning_indexer_topk(
         ``lightning_indexer_logits`` or ``lightning_indexer_kl``.
 
     Raises:
-        TypeError, ValueError: as ``lightning_indexer_logits``; topk < 0.
+        TypeError: as ``lightning_indexer_logits``; topk is not an integer.
+        ValueError: as ``lightning_indexer_logits``; topk < 0.
     """
     scale = {} if k_scale is None else {"k_scale": k_scale}
     want_tensors("lightning_indexer_topk", q=q, k=k, **scale, weights=weights, ks=ks, ke=ke)

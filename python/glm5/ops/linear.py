@@ -21,7 +21,8 @@ def linear(
 
     Returns:
         [M, N] in out_dtype. Row m depends on row m of x alone (and on w and bias). Differentiable in x, w and bias; a
-        float32 gradient of bfloat16 inputs is rounded to bfloat16 first.
+        float32 gradient of bfloat16 inputs is rounded to bfloat16 first. Under CPU autocast x, w and bias are cast to its
+        dtype.
 
     Raises:
         TypeError: x, w or bias is not a tensor.
@@ -40,7 +41,8 @@ def batched_linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         w: [H, N, K], dtype of x.
 
     Returns:
-        [M, H, N], dtype of x. Differentiable in x and w.
+        [M, H, N], dtype of x; row m depends on row m of x alone (and on w). Differentiable in x and w. Under CPU autocast
+        both are cast to its dtype.
 
     Raises:
         TypeError: x or w is not a tensor.
@@ -60,7 +62,7 @@ def grouped_linear(x: torch.Tensor, w: torch.Tensor, group_ends: torch.Tensor) -
 
     Returns:
         [M, N], dtype of x; rows from group_ends[E-1] on belong to no group and give 0. A row has the bits that
-        ``linear(row, w[e])`` gives it. Differentiable in x and w.
+        ``linear(row, w[e])`` gives it. Differentiable in x and w. Under CPU autocast both are cast to its dtype.
 
     Raises:
         TypeError: an argument is not a tensor.

@@ -19,7 +19,7 @@ def mla_attention(
     (DeepSeek-V2, arXiv 2405.04434, eq. 9 to 19; GLM-5, arXiv 2602.15763, section 2.1).
 
     Args:
-        q: [Tq, H, Dk], bfloat16, float32 or float64; any H.
+        q: [Tq, H, Dk], bfloat16, float32 or float64; any H and Dk from 1.
         k: [Tk, H, Dk], dtype of q.
         v: [Tk, H, Dv], dtype of q.
         ks, ke: int32 [Tq], each query's half-open range of keys, within [0, Tk]; empty where ks >= ke. Causal masks, packed

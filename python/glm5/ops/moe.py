@@ -20,7 +20,7 @@ def moe_router(
     scaling: float = 1.0,
     replay: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sigmoid router of DeepSeek-V3 and GLM-5: ``bias`` moves the choice and never the weights.
+    """The sigmoid router of DeepSeek-V3 (arXiv 2412.19437, eq. 12 to 16) and GLM-5: ``bias`` moves the choice alone.
 
     The ``topk`` experts of largest ``sigmoid(logits) + bias`` are chosen, ties to the lower expert, NaN and -inf never. With
     several groups only experts of the ``topk_groups`` best compete, a group scoring the sum of its two largest. A weight is
@@ -42,9 +42,9 @@ def moe_router(
         fewer than ``topk`` experts can be chosen. Differentiable in logits, through the chosen sigmoids.
 
     Raises:
-        TypeError: an argument is not a tensor.
-        ValueError: wrong dtypes or shapes, num_groups does not divide E, topk exceeds the experts that compete, a
-            replayed id outside [-1, E) or twice in a row, a tensor not on the CPU.
+        TypeError: logits, bias or replay is not a tensor, topk, num_groups or topk_groups not an integer.
+        ValueError: wrong dtypes or shapes, num_groups does not divide E, topk_groups outside [1, num_groups], topk outside
+            [1, experts that compete], a replayed id outside [-1, E) or twice in one token, a tensor not on the CPU.
     """
     want_tensors("moe_router", logits=logits, bias=bias, **({} if replay is None else {"replay": replay}))
     want_integers("moe_router", topk=topk, num_groups=num_groups, topk_groups=topk_groups)
@@ -100,8 +100,9 @@ def moe_permute(
         stand at the end, with row_of_slot -1 and xp 0. Differentiable in x: the copies' gradients are summed in slot order.
 
     Raises:
-        TypeError: x or ids is not a tensor.
-        ValueError: wrong dtypes or shapes, an id outside [-1, E), 2^31 slots or more, a tensor not on the CPU.
+        TypeError: x or ids is not a tensor, num_experts not an integer.
+        ValueError: wrong dtypes or shapes, num_experts < 1, an id outside [-1, E), 2^31 slots or more, a tensor not on the
+            CPU.
     """
     want_tensors("moe_permute", x=x, ids=ids)
     want_integers("moe_permute", num_experts=num_experts)

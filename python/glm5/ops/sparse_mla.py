@@ -19,10 +19,10 @@ def sparse_mla(
     (DeepSeek-V3.2, arXiv 2512.02556, section 2; GLM-5: 64 heads, 576 dims of which 512 are the value, 2048 rows a query).
 
     Args:
-        q: [Tq, H, Dk], bfloat16, float32 or float64; any H.
+        q: [Tq, H, Dk], bfloat16, float32 or float64; any H and Dk from 1.
         kv: [Tk, Dk], dtype of q: one row a token, shared by all heads; its first ``d_v`` dims are the value.
         indices: int32 [Tq, topk]; -1 selects nothing. Rows are processed in list order, in blocks of 64 list positions.
-        scale: factor of the scores.
+        scale: factor of the scores, finite.
         d_v: dims of the value, 1 to Dk.
 
     Returns:
@@ -32,7 +32,7 @@ def sparse_mla(
         Differentiable in q and kv, from out and from lse. Under CPU autocast q and kv are cast to its dtype.
 
     Raises:
-        TypeError: q, kv or indices is not a tensor.
+        TypeError: q, kv or indices is not a tensor, d_v not an integer.
         ValueError: wrong dtype, shape or device; d_v out of range; scale not finite; an index below -1 or >= Tk.
     """
     want_tensors("sparse_mla", q=q, kv=kv, indices=indices)

@@ -23,12 +23,14 @@ def token_logprobs(
 
     Returns:
         logp [T] and entropy [T], float32 (float64 for float64). A row with a NaN logit gives NaN in both. Both are
-        differentiable in hidden and lm_head. Working memory is O(T (D + V / 80)) forward; backward adds 2 M logits and,
-        in bfloat16, 2048 rows of lm_head in float32.
+        differentiable in hidden and lm_head; the temperature is a constant. Working memory is O(T (D + V / 80)) forward;
+        backward adds 2 M logits and, in bfloat16, 2048 rows of lm_head in float32. Under CPU autocast hidden and lm_head
+        are cast to its dtype.
 
     Raises:
         TypeError: an argument is not a tensor.
-        ValueError: a dtype or shape is another one, a target or temperature is out of range, a tensor is not on the CPU.
+        ValueError: wrong dtypes or shapes, a target outside [0, V), a temperature that is not finite and > 0, a tensor not
+            on the CPU.
     """
     want_tensors("token_logprobs", hidden=hidden, lm_head=lm_head, targets=targets, temperature=temperature)
     logp, entropy, _ = torch.ops.glm5.token_logprobs(hidden, lm_head, targets, temperature)

@@ -12,7 +12,8 @@ def topk_indices(
 ) -> torch.Tensor:
     """Columns of the k largest scores of each row, in ascending order of column.
 
-    Ties go to the lower column, -0.0 ties with +0.0, NaN and -inf are never selected.
+    Ties go to the lower column, -0.0 ties with +0.0, NaN and -inf are never selected. The row-wise selection of DeepSeek
+    Sparse Attention (DeepSeek-V3.2, eq. 2), made free of chance.
 
     Args:
         scores: [rows, cols], bfloat16, float32 or float64.
@@ -23,7 +24,7 @@ def topk_indices(
         int32 [rows, k], padded with -1 where fewer than k columns can be selected. Not differentiable.
 
     Raises:
-        TypeError: scores is not a tensor.
+        TypeError: scores, ks or ke is not a tensor, k not an integer.
         ValueError: wrong dtype, shape or device, k < 0, ks < 0, ke > cols.
     """
     optional = {name: value for name, value in (("ks", ks), ("ke", ke)) if value is not None}
