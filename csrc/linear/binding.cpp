@@ -54,18 +54,63 @@ void run(Dtype dtype, const Products& products) {
   GLM5_CALL_KERNEL(dtype == Dtype::float64, gemm, products.data(), static_cast<int64_t>(products.size()));
 }
 
-// ---- linear -------------------------------------------------------------------------------------------------------
+// ---- linear, and batched_linear: one product a head -----------------------------------------------------------------
 
-Tensor linear(const Tensor& x_in, const Tensor& w_in, const std::optional<Tensor>& bias_in,
-              const std::optional<ScalarType>& out_dtype) {
-  const char* op = "linear";
-  const Dtype dtype = check_pair(op, "x", x_in, 2, "[M, K]", "w", w_in, 2, "[N, K]");
-  check_size(op, "w", w_in, 1, x_in.size(1), "the last dimension of x");
-  const ScalarType out_type = out_dtype.value_or(x_in.scalar_type());
-  if (out_type != x_in.scalar_type() && !(dtype == Dtype::bf16 && out_type == ScalarType::Float))
+// A tensor as one matrix a head, its lines contiguous: of rows [M, C] or [M, H, C], or of weights [R, C] or [H, R, C].
+struct Matrices {
+  Tensor t;
+  int64_t heads, lines, width;
+  int64_t line_stride, head_stride;
+};
+
+Matrices of_rows(const Tensor& t_in) {
+  const Tensor t = rows_in_place(t_in);
+  const bool heads = t.dim() == 3;
+  return {t, heads ? t.size(1) : 1, t.size(0), t.size(t.dim() - 1), t.stride(0), heads ? t.stride(1) : 0};
+}
+
+Matrices of_weights(const Tensor& t_in) {
+  const Tensor t = rows_in_place(t_in);
+  const int64_t line = t.dim() - 2;
+  return {t, line ? t.size(0) : 1, t.size(line), t.size(line + 1), t.stride(line), line ? t.stride(0) : 0};
+}
+
+// The products a b of every head, either side read transposed; the result is laid out like rows or like weights.
+enum class Result { rows, weights };
+Tensor multiply(Dtype dtype, const Matrices& a, bool a_transposed, const Matrices& b, bool b_transposed, Result result,
+                ScalarType out_type, const void* bias = nullptr) {
+  const int64_t m = a_transposed ? a.width : a.lines, k = a_transposed ? a.lines : a.width;
+  const int64_t n = b_transposed ? b.lines : b.width, heads = a.heads;
+  const bool like_rows = result == Result::rows;
+  Tensor c = a.t.dim() == 2 ? empty_cpu({m, n}, out_type)
+             : like_rows    ? empty_cpu({m, heads, n}, out_type)
+                            : empty_cpu({heads, m, n}, out_type);
+  Products products(heads, product(dtype, m, n, k));
+  for (int64_t h = 0; h < heads; ++h) {
+    GemmArgs& g = products[h];
+    if (out_type != a.t.scalar_type()) g.out_dtype = static_cast<int>(Dtype::float32);
+    g.a = at(a.t, h * a.head_stride, g.dtype);
+    g.a_row = a_transposed ? 1 : a.line_stride, g.a_col = a_transposed ? a.line_stride : 1;
+    g.b = at(b.t, h * b.head_stride, g.dtype);
+    g.b_row = b_transposed ? 1 : b.line_stride, g.b_col = b_transposed ? b.line_stride : 1;
+    g.c = at(c, like_rows ? h * n : h * m * n, g.out_dtype), g.c_row = like_rows ? heads * n : n;
+    g.bias = bias;
+  }
+  run(dtype, products);
+  return c;
+}
+
+// `dim` is 2, or 3 with heads.
+Tensor product_y(const char* op, int64_t dim, const Tensor& x, const Tensor& w, std::optional<ScalarType> out_dtype,
+                 const std::optional<Tensor>& bias_in) {
+  const Dtype dtype = dim == 2 ? check_pair(op, "x", x, 2, "[M, K]", "w", w, 2, "[N, K]")
+                               : check_pair(op, "x", x, 3, "[M, H, K]", "w", w, 3, "[H, N, K]");
+  if (dim == 3) check_size(op, "w", w, 0, x.size(1), "the heads of x");
+  check_size(op, "w", w, dim - 1, x.size(dim - 1), "the last dimension of x");
+  const ScalarType out_type = out_dtype.value_or(x.scalar_type());
+  if (out_type != x.scalar_type() && !(dtype == Dtype::bf16 && out_type == ScalarType::Float))
     fail(op, ": out_dtype is ", torch::headeronly::toString(out_type), ", want that of x, ",
-         torch::headeronly::toString(x_in.scalar_type()), ", or Float for BFloat16");
-  const Tensor x = rows_in_place(x_in), w = rows_in_place(w_in);
+         torch::headeronly::toString(x.scalar_type()), ", or Float for BFloat16");
   std::optional<Tensor> bias;
   if (bias_in) {
     check_cpu(op, "bias", *bias_in);
@@ -74,44 +119,38 @@ Tensor linear(const Tensor& x_in, const Tensor& w_in, const std::optional<Tensor
     check_size(op, "bias", *bias_in, 0, w.size(0), "the first dimension of w");
     bias = torch::stable::contiguous(*bias_in);
   }
-  GemmArgs g = product(dtype, x.size(0), w.size(0), x.size(1));
-  if (out_type != x.scalar_type()) g.out_dtype = static_cast<int>(Dtype::float32);
-  Tensor y = empty_cpu({g.m, g.n}, out_type);
-  g.a = x.const_data_ptr(), g.a_row = x.stride(0), g.a_col = 1;
-  g.b = w.const_data_ptr(), g.b_row = 1, g.b_col = w.stride(0);
-  g.c = y.mutable_data_ptr(), g.c_row = g.n;
-  g.bias = bias ? bias->const_data_ptr() : nullptr;
-  run(dtype, {g});
-  return y;
+  return multiply(dtype, of_rows(x), false, of_weights(w), true, Result::rows, out_type,
+                  bias ? bias->const_data_ptr() : nullptr);
 }
 
-Tensor linear_dx(const Tensor& dy_in, const Tensor& w_in) {
-  const char* op = "linear_dx";
-  const Dtype dtype = check_pair(op, "dy", dy_in, 2, "[M, N]", "w", w_in, 2, "[N, K]");
-  check_size(op, "dy", dy_in, 1, w_in.size(0), "the first dimension of w");
-  const Tensor dy = rows_in_place(dy_in), w = rows_in_place(w_in);
-  GemmArgs g = product(dtype, dy.size(0), w.size(1), w.size(0));
-  Tensor dx = empty_cpu({g.m, g.n}, dy.scalar_type());
-  g.a = dy.const_data_ptr(), g.a_row = dy.stride(0), g.a_col = 1;
-  g.b = w.const_data_ptr(), g.b_row = w.stride(0), g.b_col = 1;
-  g.c = dx.mutable_data_ptr(), g.c_row = g.n;
-  run(dtype, {g});
-  return dx;
+Tensor product_dx(const char* op, int64_t dim, const Tensor& dy, const Tensor& w) {
+  const Dtype dtype = dim == 2 ? check_pair(op, "dy", dy, 2, "[M, N]", "w", w, 2, "[N, K]")
+                               : check_pair(op, "dy", dy, 3, "[M, H, N]", "w", w, 3, "[H, N, K]");
+  if (dim == 3) check_size(op, "dy", dy, 1, w.size(0), "the heads of w");
+  check_size(op, "dy", dy, dim - 1, w.size(dim - 2), "the rows of w");
+  return multiply(dtype, of_rows(dy), false, of_weights(w), false, Result::rows, dy.scalar_type());
 }
 
-Tensor linear_dw(const Tensor& dy_in, const Tensor& x_in) {
-  const char* op = "linear_dw";
-  const Dtype dtype = check_pair(op, "dy", dy_in, 2, "[M, N]", "x", x_in, 2, "[M, K]");
-  check_size(op, "dy", dy_in, 0, x_in.size(0), "the first dimension of x");
-  const Tensor dy = rows_in_place(dy_in), x = rows_in_place(x_in);
-  GemmArgs g = product(dtype, dy.size(1), x.size(1), x.size(0));
-  Tensor dw = empty_cpu({g.m, g.n}, dy.scalar_type());
-  g.a = dy.const_data_ptr(), g.a_row = 1, g.a_col = dy.stride(0);
-  g.b = x.const_data_ptr(), g.b_row = x.stride(0), g.b_col = 1;
-  g.c = dw.mutable_data_ptr(), g.c_row = g.n;
-  run(dtype, {g});
-  return dw;
+Tensor product_dw(const char* op, int64_t dim, const Tensor& dy, const Tensor& x) {
+  const Dtype dtype = dim == 2 ? check_pair(op, "dy", dy, 2, "[M, N]", "x", x, 2, "[M, K]")
+                               : check_pair(op, "dy", dy, 3, "[M, H, N]", "x", x, 3, "[M, H, K]");
+  check_size(op, "dy", dy, 0, x.size(0), "the rows of x");
+  if (dim == 3) check_size(op, "dy", dy, 1, x.size(1), "the heads of x");
+  return multiply(dtype, of_rows(dy), true, of_rows(x), false, Result::weights, dy.scalar_type());
 }
+
+Tensor linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
+              const std::optional<ScalarType>& out_dtype) {
+  return product_y("linear", 2, x, w, out_dtype, bias);
+}
+Tensor linear_dx(const Tensor& dy, const Tensor& w) { return product_dx("linear_dx", 2, dy, w); }
+Tensor linear_dw(const Tensor& dy, const Tensor& x) { return product_dw("linear_dw", 2, dy, x); }
+
+Tensor batched_linear(const Tensor& x, const Tensor& w) {
+  return product_y("batched_linear", 3, x, w, std::nullopt, std::nullopt);
+}
+Tensor batched_linear_dx(const Tensor& dy, const Tensor& w) { return product_dx("batched_linear_dx", 3, dy, w); }
+Tensor batched_linear_dw(const Tensor& dy, const Tensor& x) { return product_dw("batched_linear_dw", 3, dy, x); }
 
 Tensor linear_dbias(const Tensor& dy_in) {
   const char* op = "linear_dbias";
@@ -129,65 +168,6 @@ Tensor linear_dbias(const Tensor& dy_in) {
   args.out = dbias.mutable_data_ptr();
   GLM5_CALL_KERNEL(args.dtype == 2, sum_rows, args);
   return dbias;
-}
-
-// ---- batched_linear: one product a head -----------------------------------------------------------------------------
-
-Tensor batched_linear(const Tensor& x_in, const Tensor& w_in) {
-  const char* op = "batched_linear";
-  const Dtype dtype = check_pair(op, "x", x_in, 3, "[M, H, K]", "w", w_in, 3, "[H, N, K]");
-  check_size(op, "w", w_in, 0, x_in.size(1), "dimension 1 of x");
-  check_size(op, "w", w_in, 2, x_in.size(2), "dimension 2 of x");
-  const Tensor x = rows_in_place(x_in), w = rows_in_place(w_in);
-  const int64_t heads = w.size(0), n = w.size(1);
-  Tensor y = empty_cpu({x.size(0), heads, n}, x.scalar_type());
-  Products products(heads, product(dtype, x.size(0), n, w.size(2)));
-  for (int64_t h = 0; h < heads; ++h) {
-    GemmArgs& g = products[h];
-    g.a = at(x, h * x.stride(1), g.dtype), g.a_row = x.stride(0), g.a_col = 1;
-    g.b = at(w, h * w.stride(0), g.dtype), g.b_row = 1, g.b_col = w.stride(1);
-    g.c = at(y, h * n, g.dtype), g.c_row = heads * n;
-  }
-  run(dtype, products);
-  return y;
-}
-
-Tensor batched_linear_dx(const Tensor& dy_in, const Tensor& w_in) {
-  const char* op = "batched_linear_dx";
-  const Dtype dtype = check_pair(op, "dy", dy_in, 3, "[M, H, N]", "w", w_in, 3, "[H, N, K]");
-  check_size(op, "dy", dy_in, 1, w_in.size(0), "dimension 0 of w");
-  check_size(op, "dy", dy_in, 2, w_in.size(1), "dimension 1 of w");
-  const Tensor dy = rows_in_place(dy_in), w = rows_in_place(w_in);
-  const int64_t heads = w.size(0), k = w.size(2);
-  Tensor dx = empty_cpu({dy.size(0), heads, k}, dy.scalar_type());
-  Products products(heads, product(dtype, dy.size(0), k, w.size(1)));
-  for (int64_t h = 0; h < heads; ++h) {
-    GemmArgs& g = products[h];
-    g.a = at(dy, h * dy.stride(1), g.dtype), g.a_row = dy.stride(0), g.a_col = 1;
-    g.b = at(w, h * w.stride(0), g.dtype), g.b_row = w.stride(1), g.b_col = 1;
-    g.c = at(dx, h * k, g.dtype), g.c_row = heads * k;
-  }
-  run(dtype, products);
-  return dx;
-}
-
-Tensor batched_linear_dw(const Tensor& dy_in, const Tensor& x_in) {
-  const char* op = "batched_linear_dw";
-  const Dtype dtype = check_pair(op, "dy", dy_in, 3, "[M, H, N]", "x", x_in, 3, "[M, H, K]");
-  check_size(op, "dy", dy_in, 0, x_in.size(0), "dimension 0 of x");
-  check_size(op, "dy", dy_in, 1, x_in.size(1), "dimension 1 of x");
-  const Tensor dy = rows_in_place(dy_in), x = rows_in_place(x_in);
-  const int64_t heads = x.size(1), n = dy.size(2), k = x.size(2);
-  Tensor dw = empty_cpu({heads, n, k}, dy.scalar_type());
-  Products products(heads, product(dtype, n, k, x.size(0)));
-  for (int64_t h = 0; h < heads; ++h) {
-    GemmArgs& g = products[h];
-    g.a = at(dy, h * dy.stride(1), g.dtype), g.a_row = 1, g.a_col = dy.stride(0);
-    g.b = at(x, h * x.stride(1), g.dtype), g.b_row = x.stride(0), g.b_col = 1;
-    g.c = at(dw, h * n * k, g.dtype), g.c_row = k;
-  }
-  run(dtype, products);
-  return dw;
 }
 
 // ---- grouped_linear: one product a group of rows --------------------------------------------------------------------
