@@ -77,17 +77,24 @@ inline Dtype float_dtype(const char* op, const char* name, const Tensor& t) {
 }
 
 // A new contiguous CPU tensor.
+inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  try {
+    return torch::stable::empty(sizes, dtype, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  } catch (const std::runtime_error&) {  // says only that torch's allocator failed
+    size_t bytes = dtype == ScalarType::Double || dtype == ScalarType::Long ? 8 : dtype == ScalarType::BFloat16 ? 2 : 4;
+    for (const int64_t size : sizes)
+      if (__builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes)) bytes = std::numeric_limits<size_t>::max();
+    throw OutOfMemory(bytes);
+  }
+}
+
 inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype, std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  return empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
 }
 
-inline Tensor empty_like_contiguous(const Tensor& t) {
-  return torch::stable::empty(t.sizes(), t.scalar_type(), std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
-}
+inline Tensor empty_like_contiguous(const Tensor& t) { return empty_cpu(t.sizes(), t.scalar_type()); }
 
-// Runs an op's body; where there is no memory for a thread's working space the error names the op.
+// Runs an op's body; where there is no memory for what it needs the error names the op.
 template <class Body>
 void naming_op(const char* op, const Body& body) {
   try {

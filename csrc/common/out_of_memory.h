@@ -6,7 +6,7 @@
 
 namespace glm5 {
 
-// There is no memory for what a call needs besides its outputs. Python sees a MemoryError with this text.
+// There is no memory for an output or for working space. Python sees a MemoryError with this text.
 class OutOfMemory : public std::bad_alloc {
  public:
   explicit OutOfMemory(size_t bytes, const char* op = nullptr) noexcept;

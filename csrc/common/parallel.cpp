@@ -16,8 +16,7 @@
 namespace glm5 {
 
 OutOfMemory::OutOfMemory(size_t bytes, const char* op) noexcept : bytes_(bytes) {
-  std::snprintf(text_, sizeof text_, "%s%sno memory for %zu bytes of working space on a thread", op ? op : "",
-                op ? ": " : "", bytes);
+  std::snprintf(text_, sizeof text_, "%s%sno memory for %zu bytes", op ? op : "", op ? ": " : "", bytes);
 }
 
 const char* OutOfMemory::what() const noexcept { return text_; }
