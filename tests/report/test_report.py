@@ -52,7 +52,8 @@ def test_a_report_needs_nothing_else_and_shows_everything(folder):
 def test_a_run_that_has_just_begun_has_a_report_too(tmp_path):
     (tmp_path / "recipe.toml").write_text("")
     (tmp_path / "metrics.jsonl").write_text("")
-    assert "<h2>Result</h2>" in write_report(tmp_path).read_text()
+    page = write_report(tmp_path).read_text()
+    assert "nothing measured yet" in page and "<table>" not in page
 
 
 def test_recall_that_was_not_measured_is_left_out(folder):
@@ -73,6 +74,18 @@ def test_charts_of_odd_data():
     assert "nothing recorded" in line_chart({"a": [(1, float("nan"))], "b": [(1, 0.0)]}, "x", "y", log_y=True)
     for points in ([(3, 2.0)], [(1, 1.0), (2, 1.0)], [(1, 1e-9), (2, 1e9)]):
         ElementTree.fromstring(line_chart({"<&": points}, "x", "y"))
+
+
+def test_axes_are_labelled_and_steps_are_whole():
+    chart = ElementTree.fromstring(line_chart({"a": [(x, x / 3) for x in range(1, 21)]}, "step", "loss (nats)"))
+    texts = [t.text for t in chart.findall("text")]
+    assert {"step", "loss (nats)", "━ a", "5", "10", "20"} <= set(texts) and not {"2.5", "7.5"} & set(texts)
+
+
+def test_a_narrow_window_scrolls_what_is_wide(folder):
+    page = write_report(folder).read_text()
+    assert 'name="viewport"' in page and '<div class="wide"><table>' in page
+    assert re.search(r"\.wide, figure \{ overflow-x: auto", page) and re.search(r"svg \{[^}]*min-width", page)
 
 
 def test_ticks_are_round_and_inside():

@@ -3,7 +3,7 @@
 import math
 from html import escape
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 640, 270, 56, 34, 26, 16
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 640, 270, 66, 34, 26, 16
 _COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#475569")
 _MANY, _FEW = 60, 12  # points of a line that is smoothed, and of one whose points are marked
 
@@ -37,7 +37,7 @@ def smoothed(line: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def line_chart(series: dict[str, list[tuple[float, float]]], x_label: str, y_label: str, log_y: bool = False) -> str:
-    """One chart with a line for each name in `series`, points (x, y). Points that are not finite are left out.
+    """One chart with a line for each name in `series`: points (x, y), x a whole number, those that are not finite left out.
 
     A line of many points is drawn faint, under its running mean; the points of a short one are marked.
     """
@@ -63,13 +63,15 @@ def line_chart(series: dict[str, list[tuple[float, float]]], x_label: str, y_lab
         return f'<polyline fill="none" stroke="{colour}" {style} points="{path}"/>'
 
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(y_label)} by {escape(x_label)}">']
-    for y in log_ticks(y0, y1) if log_y else ticks(y0, y1):
+    for y in log_ticks(y0, y1) if log_y else ticks(y0, y1, 6):
         shown = f"{10**y:.3g}" if log_y else f"{y:g}"
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{shown}</text>')
-    for x in ticks(x0, x1, 8):
+    for x in (x for x in ticks(x0, x1, 8) if x == int(x)):
         parts.append(f'<text x="{px(x):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{x:g}</text>')
     parts.append(f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 3}" text-anchor="middle">{escape(x_label)}</text>')
+    middle = (_HEIGHT - _BOTTOM + _TOP) / 2
+    parts.append(f'<text transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
     for i, (name, line) in enumerate(points.items()):
         colour = _COLOURS[i % len(_COLOURS)]
         if len(line) > _MANY:

@@ -14,10 +14,12 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; white-space: pre; } svg { width: 100%; height: auto; font: 11px
-system-ui, sans-serif; } svg text:not([fill]) { fill: currentColor; } .grid { stroke:
-var(--line); stroke-width: .7; } .empty, figcaption, .note { color: var(--soft); } figure { margin: 1rem 0; } pre {
-background: #8881; padding: .8rem; border-radius: 6px; overflow-x: auto; white-space: pre-wrap; }
+th:first-child, td:first-child { text-align: left; white-space: pre; }
+.wide, figure { overflow-x: auto; margin: 1rem 0; }
+svg { width: 100%; min-width: 32rem; height: auto; font: 11px system-ui, sans-serif; }
+svg text:not([fill]) { fill: currentColor; } .grid { stroke: var(--line); stroke-width: .7; }
+.empty, figcaption, .note { color: var(--soft); }
+pre { background: #8881; padding: .8rem; border-radius: 6px; overflow-x: auto; white-space: pre-wrap; }
 """
 
 
@@ -34,7 +36,7 @@ def write_report(folder: Path) -> Path:
 
 def _page(name: str, evaluation: dict, metrics: list[dict], recipe: str) -> str:
     about = evaluation.get("about", {})
-    topk = about.get("topk", "k")
+    topk = about.get("topk", 0)
     facts = [
         f"{about['parameters']:,} parameters" if "parameters" in about else "",
         about.get("text", ""),
@@ -44,10 +46,14 @@ def _page(name: str, evaluation: dict, metrics: list[dict], recipe: str) -> str:
         f"<h1>{escape(name)}</h1><p class=note>{escape('; '.join(f for f in facts if f))}</p>",
         "<h2>Result</h2>",
         _table(summary_rows(evaluation), topk),
-        f"<p class=note>Nats per byte of held-out files. Long rows may see more than four times top-k = {topk} keys. "
-        f"Recall: share of the {topk} keys with the most attention that were selected. KL: from attention to the indexer, "
-        "dense or over the selected keys.</p>",
     ]
+    if "about" in evaluation:
+        body.append(
+            f"<p class=note>Nats per byte of held-out files: over all rows, and over those that see more than {4 * topk} "
+            f"keys, four times top-k. Recall, over the latter: share of the {topk} keys with the most attention that were "
+            "selected. KL: nats a row from attention to the indexer, over all keys or, after sparse adaptation, over the "
+            "selected ones.</p>"
+        )
     for title, caption, chart in _charts(metrics, evaluation):
         body.append(f"<h2>{escape(title)}</h2><figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>")
     for sample in evaluation.get("samples", []):
@@ -56,19 +62,22 @@ def _page(name: str, evaluation: dict, metrics: list[dict], recipe: str) -> str:
         )
     body.append(f"<h2>Recipe</h2><pre>{escape(recipe)}</pre>")
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>glm5: {escape(name)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>glm5: {escape(name)}</title>'
         f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
     )
 
 
-def _table(rows: list[Row], topk) -> str:
-    head = ("", "nats/byte", "long rows", f"top-{topk} recall", "indexer KL")
+def _table(rows: list[Row], topk: int) -> str:
+    if not rows:
+        return '<p class="empty">nothing measured yet: a stage is evaluated at its end</p>'
+    head = ("held-out text", "nats/byte", f">{4 * topk} keys", f"top-{topk} recall", "indexer KL")
     lines = ["<tr>" + "".join(f"<th>{escape(h)}</th>" for h in head) + "</tr>"]
     for row in rows:
         numbers = ((row.nats_per_byte, ".4f"), (row.long_rows, ".4f"), (row.recall, ".1%"), (row.kl, ".4f"))
         cells = [row.name, *("" if value is None else f"{value:{form}}" for value, form in numbers)]
         lines.append("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>")
-    return f"<table>{''.join(lines)}</table>"
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def _charts(metrics: list[dict], evaluation: dict):
@@ -87,16 +96,22 @@ def _charts(metrics: list[dict], evaluation: dict):
                 "Nats a token of training batches (lm; mtpN predicts N tokens further) and nats a byte of held-out text, "
                 "which may come in longer packs than a stage trains on. Faint: every batch; bold: running mean."
             )
-            yield f"{stage}: loss", caption, line_chart(losses, "step", "nats")
+            yield f"{stage}: loss", caption, line_chart(losses, "step", "loss (nats)")
         divergence = curve(stage, "indexer_kl")
         if divergence:
-            caption = "Divergence of the indexer from the attention it should predict, on training batches; logarithmic."
-            yield f"{stage}: indexer KL", caption, line_chart({"KL": divergence}, "step", "nats", log_y=True)
+            caption = (
+                "Divergence of the indexer from the attention it should predict, on training batches; logarithmic. "
+                "Faint: every batch; bold: running mean."
+            )
+            yield f"{stage}: indexer KL", caption, line_chart({"KL": divergence}, "step", "KL (nats a row)", log_y=True)
     measured = [e for e in evaluation.get("recalls", []) if e["indexer"] is not None]
     recalls = {key: [(e["at"], e[key]) for e in measured] for key in ("indexer", "window")}
     if recalls["indexer"]:
-        caption = "Share of the most attended keys that are selected, by held-out text, over the steps of both DSA stages."
-        yield "Recall of the true top-k", caption, line_chart(recalls, "DSA step", "recall")
+        caption = (
+            "Share of the keys with the most attention that the indexer and a window of the last keys select, on held-out "
+            "text, over the steps of both DSA stages."
+        )
+        yield "Recall of the true top-k", caption, line_chart(recalls, "DSA step", "recall (share)")
 
 
 def read_metrics(path: Path) -> list[dict]:
