@@ -41,6 +41,15 @@ def test_help_asks_for_what_is_needed_and_names_the_recipes(command, missing, ca
     assert all(name in shown for name in recipe_names())
 
 
+def test_an_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("glm5.cli.run.run", interrupt)
+    assert main(["run", "foundation"]) == 130
+    assert "interrupted; the same command goes on from the last checkpoint" in capsys.readouterr().err
+
+
 def test_no_command_shows_the_commands(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])

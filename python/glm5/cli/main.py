@@ -56,5 +56,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"glm5 {args.name}: {error} (GLM5_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nglm5 {args.name}: interrupted", file=sys.stderr)
+        hint = "; the same command goes on from the last checkpoint" if hasattr(args, "overrides") else ""
+        print(f"\nglm5 {args.name}: interrupted{hint}", file=sys.stderr)
         return 130
