@@ -15,7 +15,7 @@ STAGES = ["pretrain", "dsa-warmup"]
 
 
 def manifest(step, stage="pretrain"):
-    return Manifest(stage, step, recipe="r", corpus="c", metrics_bytes=10 * step)
+    return Manifest(stage, step, recipe="r", model="m", corpus="c", metrics_bytes=10 * step)
 
 
 def files(step):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from glm5.cli.main import main
+from glm5.model import config
 from glm5.recipes import RecipeError, load_recipe
 from glm5.report import read_metrics
 from glm5.train import loop
@@ -177,6 +179,16 @@ def test_without_its_checkpoints_a_run_begins_anew(uninterrupted, tmp_path):
 def test_another_recipe_does_not_get_into_the_folder(uninterrupted):
     with pytest.raises(RecipeError, match="differs in seed, stages.pretrain.muon_lr.*choose another name"):
         carry_out(small_recipe("seed=5", "stages.pretrain.muon_lr=0.5"), uninterrupted.parent)
+
+
+def test_a_preset_that_has_changed_is_found_out(uninterrupted, tmp_path, monkeypatch, capsys):
+    shutil.copytree(uninterrupted, tmp_path / "foundation")
+    theta = {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}  # no shape shows it
+    monkeypatch.setitem(config._PRESETS, "tiny", config._PRESETS["tiny"] | theta)
+    with pytest.raises(ValueError, match="of another configuration than the recipe's preset has in this version"):
+        carry_out(small_recipe(), tmp_path)
+    assert main(["generate", "--run", str(tmp_path / "foundation")]) == 1
+    assert "of another configuration" in capsys.readouterr().err
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):

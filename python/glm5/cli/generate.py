@@ -34,6 +34,6 @@ def run(args) -> None:
         raise ValueError(f"{args.folder} has no checkpoint yet")
     manifest, files = loaded
     model = build_model(recipe)
-    load_model_tensors(model, files["model"])
+    load_model_tensors(model, manifest, files["model"])
     attention = "sparse" if recipe.stages[manifest.stage].kind == "dsa-sparse" else "dense"
     print(args.prompt + generate_text(model, args.prompt, args.tokens, args.temperature, args.seed, attention))

@@ -30,6 +30,7 @@ class Manifest:
     stage: str
     step: int  # updates done in this stage
     recipe: str  # digest of the recipe
+    model: str  # digest of the model's configuration: a preset may change from one version to the next
     corpus: str  # digest of the text
     metrics_bytes: int  # length of metrics.jsonl at that moment
     files: dict[str, str] = field(default_factory=dict)  # file name -> sha256

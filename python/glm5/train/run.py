@@ -8,6 +8,8 @@ bits of an uninterrupted one.
 import ctypes
 import difflib
 import fcntl
+import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,12 +74,22 @@ def model_tensors(model) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in model.state_dict()}
 
 
-def load_model_tensors(model, tensors: dict[str, torch.Tensor]) -> None:
+def config_digest(config) -> str:
+    """Identifies a model's configuration: sha256 of its fields."""
+    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def load_model_tensors(model, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
     """Copies a checkpoint's weights into `model`.
 
     Raises:
-        ValueError: names or shapes differ.
+        ValueError: the checkpoint is of a model of another configuration, or names or shapes differ.
     """
+    if manifest.model != config_digest(model.config):
+        raise ValueError(
+            "the checkpoint is of a model of another configuration than the recipe's preset has in this version of glm5; "
+            "go on with the version it was made with or choose another name=..."
+        )
     mine = model_tensors(model)
     for name in mine.keys() | tensors.keys():
         if name not in mine or name not in tensors or mine[name].shape != tensors[name].shape:
@@ -194,7 +206,7 @@ def resume(run: Run, model, say=print) -> tuple[str, StageState]:
             f"the checkpoints in {run.store.folder} were trained on other text (another Python's standard library?); "
             "go on with the interpreter they were made with or choose another name=..."
         )
-    load_model_tensors(model, files.pop("model"))
+    load_model_tensors(model, manifest, files.pop("model"))
     run.metrics.truncate(manifest.metrics_bytes)
     say(f"resuming {run.folder} at stage {manifest.stage}, step {manifest.step}")
     return manifest.stage, StageState(manifest.step, files)
@@ -215,8 +227,9 @@ def run_stages(run: Run, model, say=print, last: str | None = None) -> dict:
         stage = run.recipe.stages[current]
 
         def save(state: StageState, current=current) -> None:
-            position = Manifest(current, state.step, run.recipe.digest(), run.corpus.digest, run.metrics.sync())
-            run.store.save(position, {"model": model_tensors(model)} | state.optimizers)
+            recipe, text = run.recipe.digest(), run.corpus.digest
+            manifest = Manifest(current, state.step, recipe, config_digest(model.config), text, run.metrics.sync())
+            run.store.save(manifest, {"model": model_tensors(model)} | state.optimizers)
 
         if state.step < stage.steps:
             train_stage(
