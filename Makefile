@@ -26,12 +26,14 @@ PACKAGES := numpy pydantic safetensors pytest pytest-xdist hypothesis pyelftools
 WHEEL_ENV := build/wheel-env
 
 # $(call alone,NAME): one at a time, also when a make was killed and left a child at work; the child inherits the lock.
-alone = mkdir -p build; exec 9> build/$(1).lock; flock 9
-# pip writes INSTALLER last: a package without it was cut short, and pip would take it for installed.
-forget_half_installed = find $(VENV)/lib -name '*.dist-info' ! -exec test -e '{}/INSTALLER' ';' -prune -exec rm -r '{}' +
+alone = mkdir -p build; exec 9> build/$(1).lock; flock -n 9 || { echo "glm5: waiting for an earlier make ($(1))"; flock 9; }
+# pip writes INSTALLER and RECORD last: a package without them was cut short, and pip would take it for installed or refuse it.
+forget_half_installed = find $(VENV)/lib -name '*.dist-info' ! -exec test -e '{}/INSTALLER' -a -e '{}/RECORD' ';' -prune \
+  -exec rm -r '{}' +
 
 run: build
-	@$(VENV)/bin/glm5 run $(RECIPE)
+	@$(call alone,run-$(firstword $(notdir $(RECIPE))))
+	$(VENV)/bin/glm5 run $(RECIPE)
 
 build: $(VENV)/glm5.stamp
 	@$(call alone,compile)
@@ -87,7 +89,7 @@ $(VENV)/tools.stamp:
 	if [ -e $@ ]; then exit; fi
 	echo "glm5: setting up $(VENV), once: torch and the tools, compiling meanwhile"
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PY) -m pip install -qq $(TOOLS)
+	$(PY) -m pip install -qq --no-compile $(TOOLS)
 	touch $@
 
 # 2. torch and the rest, unpacked on one core while the kernels, which need none of it, compile on the other.
@@ -108,5 +110,6 @@ $(VENV)/glm5.stamp: constraints.txt pyproject.toml setup.py | $(VENV)/tools.stam
 	  $(MAKE) --no-print-directory -j2 $(VENV)/packages.stamp kernels
 	fi
 	$(call alone,compile)
+	$(forget_half_installed)
 	$(PY) -m pip install -qq --no-deps --no-build-isolation --editable .
 	touch $@
