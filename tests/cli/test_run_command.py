@@ -1,5 +1,8 @@
 """``glm5 run``, ``train`` and ``generate`` as a user meets them."""
 
+import errno
+import os
+
 import pytest
 
 from glm5.cli.main import main
@@ -70,6 +73,10 @@ def test_no_command_shows_the_commands(capsys):
         (["run", "foundation", "stages.dsa-sparse.sequence_length=9000"], "stages.dsa-sparse.sequence_length: 9000 tokens"),
         (["run", "foundation", "evaluation.sample_tokens=8190"], "8196 tokens, want at most max_position_embeddings, 8192"),
         (["run", "foundation", "model.overrides.num_nextn_predict_layers=0"], "mtp_depth is 1, want 0"),
+        (
+            ["run", "foundation", "stages.pretran.steps=3"],
+            "stages.pretran: no such stage; a new one needs stages.pretran.kind",
+        ),
         (["generate", "--run", "nowhere"], "nowhere is not a run folder"),
     ],
 )
@@ -79,6 +86,26 @@ def test_mistakes_end_in_one_clear_line(arguments, message, capsys, tmp_path, mo
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [["run", "foundation"], ["train", "pretrain"]])
+def test_a_folder_that_cannot_be_written_is_named(command, capsys, tmp_path):
+    (tmp_path / "runs").write_text("a file is in the way")
+    assert main([*command, *SMALL, "--runs", str(tmp_path / "runs")]) == 1
+    assert f"glm5 {command[0]}: {tmp_path}/runs/foundation: Not a directory (" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named_from_the_command_line(capsys, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["run", "foundation", *SMALL, "--runs", str(tmp_path)]) == 1
+    message = (
+        f"glm5 run: {tmp_path}/foundation/recipe.toml: No space left on device; make room and run the same command again ("
+    )
+    assert message in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "foundation").iterdir()] == [".lock"]
 
 
 def test_run_trains_reports_and_generates(tmp_path, capsys):
@@ -91,3 +118,6 @@ def test_run_trains_reports_and_generates(tmp_path, capsys):
     assert first.startswith("def f")
     main(["generate", "def f", "--run", str(tmp_path / "foundation"), "--tokens", "5", "--seed", "3"])
     assert capsys.readouterr().out == first
+    (tmp_path / "foundation" / "evaluation.json").write_text('{"done": [')
+    assert main(["run", "foundation", *SMALL, "--runs", str(tmp_path)]) == 1
+    assert "evaluation.json is damaged; remove" in capsys.readouterr().err

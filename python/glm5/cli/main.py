@@ -5,6 +5,7 @@ A subcommand is a module with ``NAME``, a docstring whose first line is its help
 """
 
 import argparse
+import errno
 import os
 import sys
 from importlib import import_module
@@ -42,6 +43,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def _explain(error: Exception) -> str:
+    """What went wrong: of a failed system call the file, the reason, and what helps."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text += "; make room and run the same command again"
+    return text
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs ``glm5 argv``; returns the exit status. A user's mistake (ValueError, OSError) ends in one line, no traceback."""
     args = _parse(argv)
@@ -53,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("GLM5_TRACEBACK"):
             raise
-        print(f"glm5 {args.name}: {error} (GLM5_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"glm5 {args.name}: {_explain(error)} (GLM5_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         hint = "; the same command goes on from the last checkpoint" if hasattr(args, "overrides") else ""

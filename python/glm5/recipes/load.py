@@ -80,6 +80,8 @@ def _explain(error: dict) -> str:
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
         hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {key}; {hint}"
+    if location[::2] == ["stages", "kind"] and error["input"] == location[1]:  # its name is the default of its kind
+        return f"stages.{location[1]}: no such stage; a new one needs {key}: {error['msg']}"
     if error["type"] == "missing":
         return f"key {key} is missing"
     return f"{key}: got {error['input']!r}: {error['msg']}"

@@ -21,7 +21,17 @@ class Evaluator:
     def __init__(self, run, model):
         self.run, self.model, self.recipe = run, model, run.recipe.evaluation
         self.path = run.folder / "evaluation.json"
-        self.results: dict = json.loads(self.path.read_text()) if self.path.exists() else {"done": []}
+        self.results: dict = self._read() if self.path.exists() else {"done": []}
+
+    def _read(self) -> dict:
+        """Raises ValueError when the file is not one that ``after`` wrote."""
+        try:
+            results = json.loads(self.path.read_bytes())
+            if isinstance(results["done"], list):
+                return results
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise ValueError(f"{self.path} is damaged; remove {self.path.parent} to start the run again")
 
     def forget(self) -> None:
         """Drops all results: the run begins anew."""
