@@ -11,10 +11,7 @@ namespace {
 
 // Keys are taken in blocks of this many, counted from the ks of the query row itself: the unit of the online softmax. And
 // the rows whose scores and probabilities of one block are held at a time, so that they stay in the nearest caches.
-template <class E>
-inline constexpr int64_t kKeyBlock = kTiles<E> ? 128 : 256;
-template <class E>
-inline constexpr int64_t kGroupRows = kTiles<E> ? 64 : 24;
+constexpr int64_t kKeyBlock = 256, kGroupRows = 24;
 
 template <class T>
 struct ForwardScratch {
@@ -22,21 +19,20 @@ struct ForwardScratch {
   using S = Acc<T>;
   int64_t dk, dv;        // rounded up to kStep; to a vector
   E *q, *k, *v, *p;      // [rows][dk], packed K^T of a block, packed V of a block, [kGroupRows][kKeyBlock]
-  S* scores[2];          // [kGroupRows][kKeyBlock]; the second on tiles alone, for the next group
+  S* scores;             // [kGroupRows][kKeyBlock]
   S *pv, *out;           // [kGroupRows][dv], [rows][dv]
   S *largest, *total;    // [rows]: the running maximum of the scaled scores, and the sum of 2^(score - maximum)
 
   ForwardScratch(Carver& carver, const MlaAttentionArgs& a, int64_t rows) {
     dk = round_up(a.dk, kStep<E>), dv = round_up(a.dv, Vector<T>::kLanes);
-    const int64_t places = round_up(rows, kGroupRows<E>);
+    const int64_t places = round_up(rows, kGroupRows);
     q = carver.take<E>(places * dk);
-    k = carver.take<E>(packed_size<E>(kKeyBlock<E>, a.dk));
-    v = carver.take<E>(packed_size<E>(a.dv, kKeyBlock<E>));
-    for (auto& buffer : scores)
-      buffer = &buffer == scores || kTiles<E> ? carver.take<S>(kGroupRows<E> * kKeyBlock<E>) : nullptr;
-    if constexpr (sizeof(E) == sizeof(S)) p = scores[0];
-    else p = carver.take<E>(kGroupRows<E> * kKeyBlock<E>);
-    pv = carver.take<S>(kGroupRows<E> * dv);
+    k = carver.take<E>(packed_size<E>(kKeyBlock, a.dk));
+    v = carver.take<E>(packed_size<E>(a.dv, kKeyBlock));
+    scores = carver.take<S>(kGroupRows * kKeyBlock);
+    if constexpr (sizeof(E) == sizeof(S)) p = scores;
+    else p = carver.take<E>(kGroupRows * kKeyBlock);
+    pv = carver.take<S>(kGroupRows * dv);
     out = carver.take<S>(places * dv);
     largest = carver.take<S>(places + Vector<T>::kLanes);  // read by vectors
     total = carver.take<S>(places);
@@ -47,12 +43,12 @@ struct ForwardScratch {
 template <class T>
 struct Group {
   int64_t first, count;
-  static constexpr int64_t kPlaces = (kGroupRows<Operand<T>> + 15) / 16 * 16;
+  static constexpr int64_t kPlaces = (kGroupRows + 15) / 16 * 16;
   int64_t num_keys[kPlaces], most = 0;
   alignas(64) Acc<T> shift[kPlaces], fade[kPlaces];  // minus the new maximum; and the factor
 
   Group(const MlaAttentionArgs& a, const MlaRowTile& tile, int64_t first_row, int64_t rows, int64_t first_key, int64_t width)
-      : first(first_row), count(smaller(kGroupRows<Operand<T>>, rows - first_row)) {
+      : first(first_row), count(smaller(kGroupRows, rows - first_row)) {
     for (int64_t r = 0; r < count; ++r) {
       const int64_t row = tile.begin + first + r;
       num_keys[r] = a.ks[row] < a.ke[row] ? larger(0, smaller(width, a.ke[row] - first_key)) : 0;
@@ -63,14 +59,13 @@ struct Group {
 
 // The online softmax's step, first half: the running maxima, and what follows from them.
 template <class T>
-void raise_maxima(const ForwardScratch<T>& s, Group<T>& g, const Acc<T>* scores, Acc<T> scale) {
-  using E = Operand<T>;
+void raise_maxima(const ForwardScratch<T>& s, Group<T>& g, Acc<T> scale) {
   using V = Vector<T>;
   using S = Acc<T>;
   const V lowest = splat<V>(static_cast<S>(-__builtin_inf())), zero = splat<V>(0);
   // The last vector may reach into the next group's rows, which it must leave as they are.
   for (int64_t r = 0; r < Group<T>::kPlaces; ++r)
-    g.shift[r] = r < g.count && g.num_keys[r] ? largest_score<T>(scores + r * kKeyBlock<E>, g.num_keys[r], scale)
+    g.shift[r] = r < g.count && g.num_keys[r] ? largest_score<T>(s.scores + r * kKeyBlock, g.num_keys[r], scale)
                                               : static_cast<S>(-__builtin_inf());
   for (int64_t r = 0; r < g.count; r += V::kLanes) {
     S* largest = s.largest + g.first + r;
@@ -82,49 +77,34 @@ void raise_maxima(const ForwardScratch<T>& s, Group<T>& g, const Acc<T>* scores,
   }
 }
 
-// The second half, a row at each call: scores become probabilities relative to the running maximum.
+// The second half: scores become probabilities relative to the running maximum.
 template <class T>
-struct RowWeigher {
-  const ForwardScratch<T>& s;
-  const Group<T>& g;
-  const Acc<T>* scores;
-  Acc<T> scale;
-  int64_t row = 0;
-
-  GLM5_INLINE void operator()() {
-    using E = Operand<T>;
-    if (row >= g.count) return;
-    if (g.num_keys[row]) {
-      Acc<T>& total = s.total[g.first + row];
-      total = total * g.fade[row] +
-              weigh<T>(scores + row * kKeyBlock<E>, s.p + row * kKeyBlock<E>, g.num_keys[row], scale, g.shift[row]);
-    }
-    ++row;
+void weigh_rows(const ForwardScratch<T>& s, const Group<T>& g, Acc<T> scale) {
+  for (int64_t r = 0; r < g.count; ++r) {
+    if (g.num_keys[r] == 0) continue;
+    Acc<T>& total = s.total[g.first + r];
+    total = total * g.fade[r] + weigh<T>(s.scores + r * kKeyBlock, s.p + r * kKeyBlock, g.num_keys[r], scale, g.shift[r]);
   }
-  void finish() {
-    while (row < g.count) (*this)();
-  }
-};
+}
 
-// out = out * fade + P V, vectors. A row multiplies its own keys only, since 0 * NaN of a later key would leak in: rows
+// out = out * fade + P V. A row multiplies its own keys only, since 0 * NaN of a later key would leak in: rows
 // together as far as the shortest of them goes, then one by one.
 template <class T>
 void add_values(const ForwardScratch<T>& s, const Group<T>& g, bool first_block) {
   using E = Operand<T>;
   using V = Vector<T>;
   constexpr int L = V::kLanes;
-  const int64_t stride = panel_stride<E>(kKeyBlock<E>);
+  const int64_t stride = panel_stride<E>(kKeyBlock);
   for (int64_t r = 0; r < g.count; r += kTileRows) {
     const int64_t together = smaller(kTileRows, g.count - r);
     int64_t least = g.num_keys[r];
     for (int64_t i = 1; i < together; ++i) least = smaller(least, g.num_keys[r + i]);
     least = least / kPair<E> * kPair<E>;
-    product(together, s.dv / L, least, s.p + r * kKeyBlock<E>, kKeyBlock<E>, s.v, stride, s.pv + r * s.dv, s.dv,
-            Into::replace);
+    product(together, s.dv / L, least, s.p + r * kKeyBlock, kKeyBlock, s.v, stride, s.pv + r * s.dv, s.dv, Into::replace);
     for (int64_t i = r; i < r + together; ++i)
       if (g.num_keys[i] > least)
-        product(1, s.dv / L, g.num_keys[i] - least, s.p + i * kKeyBlock<E> + least, kKeyBlock<E>, s.v + least * kPanel<E>,
-                stride, s.pv + i * s.dv, s.dv, Into::resume);
+        product(1, s.dv / L, g.num_keys[i] - least, s.p + i * kKeyBlock + least, kKeyBlock, s.v + least * kPanel<E>, stride,
+                s.pv + i * s.dv, s.dv, Into::resume);
   }
   for (int64_t r = 0; r < g.count; ++r) {
     if (g.num_keys[r] == 0) continue;
@@ -137,40 +117,6 @@ void add_values(const ForwardScratch<T>& s, const Group<T>& g, bool first_block)
   }
 }
 
-#ifdef GLM5_MLA_TILES
-// The same on tiles, which sum on from `out`. A row's keys are followed by zeros in P, which add nothing to what its own
-// keys gave (but may turn -0 into +0, as every row does at its end) while V is finite. Where it is not (`values` is the
-// block of V, `stride` apart), each row gets a copy of V that ends with its own keys.
-void add_values_on_tiles(const ForwardScratch<bf16>& s, const Group<bf16>& g, bool first_block, const bf16* values,
-                         int64_t stride, int64_t dv, bool finite) {
-  using E = bf16;
-  const int64_t steps = round_up(g.most, kStep<bf16>), panels = panel_stride<bf16>(kKeyBlock<E>);
-  for (int64_t r = 0; r < g.count; ++r) {
-    bf16* p = s.p + r * kKeyBlock<E>;
-    const int64_t written = round_up(g.num_keys[r], 16);
-    if (written < steps) std::memset(p + written, 0, static_cast<size_t>(steps - written) * 2);
-    if (first_block || g.num_keys[r] == 0 || g.fade[r] == 1.f) continue;
-    float* out = s.out + (g.first + r) * s.dv;
-    for (int64_t i = 0; i < s.dv; i += 16) store(out + i, load(out + i) * splat<F>(g.fade[r]));
-  }
-  const Into into = first_block ? Into::replace : Into::resume;
-  if (finite) {
-    product(g.count, s.dv / 16, steps, s.p, kKeyBlock<E>, s.v, panels, s.out + g.first * s.dv, s.dv, into);
-    return;
-  }
-  GLM5_COUNT_PATH("mla tiles with values that are not finite");
-  for (int64_t r = 0; r < g.count; ++r) {
-    if (g.num_keys[r] == 0) continue;
-    float* out = s.out + (g.first + r) * s.dv;
-    pack_rows(s.v, panels, values, stride, g.num_keys[r], dv);
-    std::memcpy(s.pv, out, static_cast<size_t>(s.dv) * 4);
-    product(1, s.dv / 16, round_up(g.num_keys[r], kStep<bf16>), s.p + r * kKeyBlock<E>, kKeyBlock<E>, s.v, panels, s.pv,
-            s.dv, into);
-    std::memcpy(out, s.pv, static_cast<size_t>(s.dv) * 4);
-  }
-}
-#endif
-
 template <class T>
 void forward_tile(const MlaAttentionArgs& a, const MlaRowTile& tile, int64_t head) {
   using E = Operand<T>;
@@ -182,52 +128,27 @@ void forward_tile(const MlaAttentionArgs& a, const MlaRowTile& tile, int64_t hea
   ForwardScratch<T>(count, a, rows);
   Carver carver{static_cast<char*>(thread_scratch(0, count.used))};
   const ForwardScratch<T> s(carver, a, rows);
-  const TileSession session;
 
   copy_rows(s.q, s.dk, static_cast<const T*>(a.q) + tile.begin * q_stride + head * a.dk, q_stride, rows, a.dk);
   for (int64_t r = 0; r < rows + L; ++r) s.largest[r] = -__builtin_inf();
   for (int64_t r = 0; r < rows; ++r) s.total[r] = 0;
 
   const S scale = static_cast<S>(a.scale * kLog2e);
-  for (int64_t block = 0; block < tile.ke - tile.ks; block += kKeyBlock<E>) {
-    const int64_t first_key = tile.ks + block, width = smaller(kKeyBlock<E>, tile.ke - first_key);
+  for (int64_t block = 0; block < tile.ke - tile.ks; block += kKeyBlock) {
+    const int64_t first_key = tile.ks + block, width = smaller(kKeyBlock, tile.ke - first_key);
     const T* keys = static_cast<const T*>(a.k) + first_key * q_stride + head * a.dk;
     const T* values = static_cast<const T*>(a.v) + first_key * v_stride + head * a.dv;
     pack_transposed(s.k, panel_stride<E>(a.dk), keys, q_stride, width, a.dk);
-    pack_rows(s.v, panel_stride<E>(kKeyBlock<E>), values, v_stride, width, a.dv);
-#ifdef GLM5_MLA_TILES
-    const bool finite = all_finite(values, v_stride, width, a.dv);
-#endif
-#ifdef GLM5_MLA_TILES
-    // A group's probabilities are formed beside the next group's scores.
-    Group<T> g(a, tile, 0, 0, first_key, width);
-    S *scores = s.scores[0], *next_scores = s.scores[1];
-    for (int64_t first = 0; first < rows; first += kGroupRows<E>) {
-      Group<T> next(a, tile, first, rows, first_key, width);
-      if (next.most == 0) continue;
-      RowWeigher<T> weigher{s, g, scores, scale};
-      product_beside(next.count, (next.most + L - 1) / L, s.dk, s.q + first * s.dk, s.dk, s.k, panel_stride<E>(a.dk),
-                     next_scores, kKeyBlock<E>, Into::replace, weigher);
-      weigher.finish();
-      if (g.most) add_values_on_tiles(s, g, block == 0, values, v_stride, a.dv, finite);
-      raise_maxima(s, next, next_scores, scale);
-      g = next;
-      S* const free_scores = scores;
-      scores = next_scores, next_scores = free_scores;
-    }
-    RowWeigher<T>{s, g, scores, scale}.finish();
-    if (g.most) add_values_on_tiles(s, g, block == 0, values, v_stride, a.dv, finite);
-#else
-    for (int64_t first = 0; first < rows; first += kGroupRows<E>) {
+    pack_rows(s.v, panel_stride<E>(kKeyBlock), values, v_stride, width, a.dv);
+    for (int64_t first = 0; first < rows; first += kGroupRows) {
       Group<T> g(a, tile, first, rows, first_key, width);
       if (g.most == 0) continue;
-      product(g.count, (g.most + L - 1) / L, s.dk, s.q + first * s.dk, s.dk, s.k, panel_stride<E>(a.dk), s.scores[0],
-              kKeyBlock<E>, Into::replace);
-      raise_maxima(s, g, s.scores[0], scale);
-      RowWeigher<T>{s, g, s.scores[0], scale}.finish();
+      product(g.count, (g.most + L - 1) / L, s.dk, s.q + first * s.dk, s.dk, s.k, panel_stride<E>(a.dk), s.scores, kKeyBlock,
+              Into::replace);
+      raise_maxima(s, g, scale);
+      weigh_rows(s, g, scale);
       add_values(s, g, block == 0);
     }
-#endif
   }
 
   for (int64_t r = 0; r < rows; ++r) {

@@ -220,15 +220,10 @@ struct TileSession {
   ~TileSession() { _tile_release(); }
 };
 
-struct Nothing {
-  void operator()() {}
-};
-
-// 16 R rows times 16 C columns, the sums in tiles 0 to 3. `beside` is called once a step: the tile unit works on while the
-// vector units do.
-template <int R, int C, class Beside>
+// 16 R rows times 16 C columns, the sums in tiles 0 to 3.
+template <int R, int C>
 __attribute__((noinline)) void tile_product(int64_t k, const bf16* a, int64_t lda, const bf16* b, float* c, int64_t ldc,
-                                            bool resume, Beside& beside) {
+                                            bool resume) {
   GLM5_COUNT_PATH(R == 2 ? (C == 2 ? "mla tiles 2x2" : "mla tiles 2x1") : (C == 2 ? "mla tiles 1x2" : "mla tiles 1x1"));
   constexpr int64_t kRowBytes = kPanel<bf16> * 4;
   const int64_t a_bytes = lda * 2, c_bytes = ldc * 4;
@@ -256,7 +251,6 @@ __attribute__((noinline)) void tile_product(int64_t k, const bf16* a, int64_t ld
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (C == 2) _tile_dpbf16ps(3, 5, 7);
     }
-    beside();
   }
   _tile_stored(0, c, c_bytes);
   if constexpr (C == 2) _tile_stored(1, c + 16, c_bytes);
@@ -264,23 +258,15 @@ __attribute__((noinline)) void tile_product(int64_t k, const bf16* a, int64_t ld
   if constexpr (R == 2 && C == 2) _tile_stored(3, c + 16 * ldc + 16, c_bytes);
 }
 
-template <class Beside>
-void product_beside(int64_t rows, int64_t vectors, int64_t k, const bf16* a, int64_t lda, const bf16* b, int64_t stride,
-                    float* c, int64_t ldc, Into into, Beside& beside) {
-  const bool resume = into != Into::replace;
-  for (int64_t v = 0; v < vectors; v += 2, b += stride, c += 32) {
-    const auto tile = v + 1 < vectors ? tile_product<2, 2, Beside> : tile_product<2, 1, Beside>;
-    const auto half = v + 1 < vectors ? tile_product<1, 2, Beside> : tile_product<1, 1, Beside>;
-    for (int64_t r = 0; r < rows; r += 32)
-      (r + 16 < rows ? tile : half)(k, a + r * lda, lda, b, c + r * ldc, ldc, resume, beside);
-  }
-}
-
 template <>
 void product<bf16>(int64_t rows, int64_t vectors, int64_t k, const bf16* a, int64_t lda, const bf16* b, int64_t stride,
                    float* c, int64_t ldc, Into into) {
-  Nothing nothing;
-  product_beside(rows, vectors, k, a, lda, b, stride, c, ldc, into, nothing);
+  const bool resume = into != Into::replace;
+  for (int64_t v = 0; v < vectors; v += 2, b += stride, c += 32) {
+    const auto tile = v + 1 < vectors ? tile_product<2, 2> : tile_product<2, 1>;
+    const auto half = v + 1 < vectors ? tile_product<1, 2> : tile_product<1, 1>;
+    for (int64_t r = 0; r < rows; r += 32) (r + 16 < rows ? tile : half)(k, a + r * lda, lda, b, c + r * ldc, ldc, resume);
+  }
 }
 #else
 struct TileSession {
@@ -338,9 +324,9 @@ GLM5_INLINE void load_transposed(__m512i (&r)[16], const T* src, int64_t stride,
 #endif
 
 // Packs B whose columns are rows of `src` ([columns][k], rows `stride` apart). Missing lanes and k are zeros.
-template <class E, class T>
+template <class E, class T, int W = kPanel<E>>
 void pack_transposed(E* dst, int64_t dst_stride, const T* src, int64_t stride, int64_t columns, int64_t k) {
-  constexpr int L = Vector<E>::kLanes, P = kPair<E>, W = kPanel<E>;
+  constexpr int L = Vector<E>::kLanes, P = kPair<E>;
   const int64_t whole = round_up(k, kStep<E>);
   for (int64_t first = 0; first < columns; first += L) {
     E* out = dst + first / W * dst_stride + first % W * P;
@@ -360,9 +346,9 @@ void pack_transposed(E* dst, int64_t dst_stride, const T* src, int64_t stride, i
 }
 
 // Packs B whose rows are rows of `src` ([k][columns], rows `stride` apart). Missing lanes and k are zeros.
-template <class E, class T>
+template <class E, class T, int W = kPanel<E>>
 void pack_rows(E* dst, int64_t dst_stride, const T* src, int64_t stride, int64_t k, int64_t columns) {
-  constexpr int L = Vector<E>::kLanes, P = kPair<E>, W = kPanel<E>;
+  constexpr int L = Vector<E>::kLanes, P = kPair<E>;
   for (int64_t i = 0; i < round_up(k, kStep<E>); i += P)
     for (int64_t first = 0; first < columns; first += L) {
       E* out = dst + first / W * dst_stride + i * W + first % W * P;

@@ -297,14 +297,15 @@ def test_gradcheck():
 def test_every_tile_of_the_product_runs(isa, dtype):
     lanes = {"portable": 4, "avx2": 8, "avx512": 16, "amx": 16}[isa]
     with _native.counted_paths() as counts:
-        for queries in (6, 5, 3, 20):
+        for queries in (6, 5, 3, 20, 40, 60):
             for dv in (4 * lanes, 3 * lanes, 1):
                 a = example(queries, 301, dv=dv, dtype=dtype)
                 assert not (found := complaints(ATTENTION, ops.mla_attention, a, dtype)), found
         a["v"][-1] = INF
         ops.mla_attention(**a)
     if isa == "amx" and dtype == torch.bfloat16:
-        want = {f"mla tiles {rows}x{columns}" for rows in (1, 2) for columns in (1, 2)}
+        want = {f"mla forward tiles {rows}" for rows in (1, 2, 3, 4)}
+        want |= {f"mla tiles {rows}x{columns}" for rows in (1, 2) for columns in (1, 2)}  # of the backward
         want.add("mla tiles with values that are not finite")
     else:
         widths = (1, 2, 4) if isa in ("avx512", "amx") else (1, 2)
@@ -312,6 +313,64 @@ def test_every_tile_of_the_product_runs(isa, dtype):
         if isa == "avx512" and dtype == torch.bfloat16:
             want.add("mla product odd k")
     assert {name for name, count in counts.items() if count and name.startswith("mla")} == want
+
+
+class TestKeysPackedAhead:
+    """A document of more row tiles than one (512 rows on AMX) has its keys packed once, by whichever task comes first."""
+
+    def documents(self, dk=40, dv=24):
+        lone = example(3, 9, ([0, 4, 9], [9, 9, 9]), dk=dk, dv=dv, dtype=torch.bfloat16)
+        return [example(n, dk=dk, dv=dv, dtype=torch.bfloat16, seed=n) for n in (1100, 70, 600)] + [lone]
+
+    @pytest.fixture
+    def packs(self, isa):
+        if isa != "amx":
+            pytest.skip("AMX packs ahead, the others pack a block at a time")
+
+    def test_bits_do_not_show_it(self, packs):
+        documents = self.documents()
+        whole = packed(*documents)
+        with _native.counted_paths() as counts:
+            out, lse = ops.mla_attention(**whole)
+        assert counts["mla keys packed ahead"] == 2 * (5 + 3)  # heads, blocks of 256 keys
+        start = 0
+        for document in documents:
+            rows = document["q"].shape[0]
+            for begin in range(0, rows, 300):  # pieces of one tile each
+                part = {**document, **{n: document[n][begin : begin + 300] for n in ROWS_OF_QUERIES}}
+                here = slice(start + begin, start + min(begin + 300, rows))
+                with _native.counted_paths() as counts:
+                    assert all_same_bits(ops.mla_attention(**part), (out[here], lse[here]))
+                assert "mla keys packed ahead" not in counts
+            start += rows
+
+    def test_conforms(self, packs):
+        for dk, dv in ((40, 24), (64, 32), (33, 130)):
+            a = packed(*self.documents(dk, dv))
+            assert not (found := complaints(ATTENTION, ops.mla_attention, a, torch.bfloat16)), found
+
+    def test_many_heads_go_in_turns(self, packs):
+        # 8 documents of 1024 tokens: 24 MB a head, and 32 MB are packed at a time.
+        a = example(1030, heads=5, dk=512, dv=512, dtype=torch.bfloat16)
+        many = packed(*[a] * 8)
+        out, lse = ops.mla_attention(**a)
+        got = ops.mla_attention(**many)
+        for start in range(0, 8 * 1030, 1030):
+            assert all_same_bits((got[0][start : start + 1030], got[1][start : start + 1030]), (out, lse))
+
+    @pytest.mark.parametrize("poison", [NAN, INF])
+    def test_a_key_that_is_not_finite_reaches_only_those_who_see_it(self, packs, poison):
+        a = example(1100, dtype=torch.bfloat16)
+        out, lse = ops.mla_attention(**a)
+        for key in (3, 700, 1099):
+            v = a["v"].clone()
+            v[key, 1, 5] = poison
+            got = ops.mla_attention(**{**a, "v": v})
+            assert properties.same_bits(got[1], lse)
+            assert not got[0][key:, 1, 5].isfinite().any()
+            others = torch.ones_like(out, dtype=torch.bool)
+            others[key:, 1, 5] = False
+            assert torch.equal(got[0][others], out[others])
 
 
 def test_opcheck_compile_export():
