@@ -40,16 +40,26 @@ GLM5_INLINE typename K::V read_line(const T* p, int64_t k_stride, int64_t k_coun
   return load(buffer);
 }
 
-// kLanes neighbouring lines, line_stride apart; lines past num_lines give zero.
+// Keeps the compiler from splitting loops over a pointer, and from keeping all its offsets in (too few) registers.
+template <class P>
+GLM5_INLINE void as_it_is(P*& p) {
+  __asm__("" : "+r"(p));
+}
+
+// kLanes neighbouring lines, line_stride apart; lines past num_lines give zero. ahead: what to prefetch for the first line.
 template <class T, class K, int L>
 GLM5_INLINE void read_lines(const T* p, int64_t line_stride, int64_t k_stride, int64_t num_lines, int64_t k_count,
-                            typename K::V (&r)[L]) {
+                            const T* ahead, typename K::V (&r)[L]) {
   if (k_stride == 1 && num_lines >= L && k_count >= L * K::kPerStep) {
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) {
-      // Weights of a decode step come from memory, in more streams than the hardware follows.
-      __builtin_prefetch(reinterpret_cast<const char*>(p + i * line_stride) + kAheadBytes);
-      r[i] = K::along(p + i * line_stride);
+      // Weights come from memory, in more streams than the hardware follows.
+      __builtin_prefetch(ahead);
+      r[i] = K::along(p);
+      p += line_stride;
+      ahead += line_stride;
+      as_it_is(p);
+      as_it_is(ahead);
     }
     return;
   }
@@ -74,8 +84,11 @@ void pack_panels(const T* b, int64_t k_stride, int64_t n_stride, int64_t k_count
     }
     for (int64_t s = 0; s < steps; s += L) {
       V r[L];
-      read_lines<T, K, L>(b + n * n_stride + s * K::kPerStep * k_stride, n_stride, k_stride, n_count - n,
-                          k_count - s * K::kPerStep, r);
+      const int64_t k = s * K::kPerStep, ahead = k + kAheadBytes / static_cast<int64_t>(sizeof(T));
+      const T* lines = b + n * n_stride;
+      // At the end of a block the next lines begin.
+      const T* fetched = ahead < k_count ? lines + ahead : n + L < n_count ? lines + L * n_stride + ahead - k_count : lines;
+      read_lines<T, K, L>(lines + k * k_stride, n_stride, k_stride, n_count - n, k_count - k, fetched, r);
       transpose(r);
       const int64_t left = steps - s;
       if (left >= L) {
@@ -110,10 +123,15 @@ void pack_rows(const T* a, int64_t m_stride, int64_t k_stride, int64_t k_count, 
       }
     return;
   }
-  for (int64_t m = 0; m < m_count; ++m)
-    for (int64_t s = 0; s < steps; s += L)
-      store(dst + m * row_size + s,
-            read_line<T, K>(a + m * m_stride + s * K::kPerStep * k_stride, k_stride, k_count - s * K::kPerStep));
+  for (int64_t m = 0; m < m_count; ++m) {
+    const T* line = a + m * m_stride;
+    typename K::S* row = dst + m * row_size;
+    int64_t s = 0;
+    if (k_stride == 1)
+      for (; (s + L) * K::kPerStep <= k_count; s += L) store(row + s, K::along(line + s * K::kPerStep));
+    for (; s < steps; s += L)
+      store(row + s, read_line<T, K>(line + s * K::kPerStep * k_stride, k_stride, k_count - s * K::kPerStep));
+  }
 }
 
 // ---- Microkernel --------------------------------------------------------------------------------------------------
@@ -125,10 +143,12 @@ GLM5_INLINE S load_step(const char* p) {
   return s;
 }
 
-// out[row][panel][lane] = sum over steps, from zero. a: rows a_row bytes apart; b: panels panel_size slots apart.
+// out[row][panel][lane] = sum over steps, from zero. a: rows a_row bytes apart; b: panels panel_size slots apart; soon: two
+// rows, soon_row bytes apart, that are read after this.
 template <class K, int kRows, int kPanels>
 __attribute__((noinline)) void multiply(int64_t steps, const char* a, int64_t a_row, const typename K::S* b,
-                                        int64_t panel_size, typename K::S* out) {
+                                        int64_t panel_size, [[maybe_unused]] const char* soon,
+                                        [[maybe_unused]] int64_t soon_row, typename K::S* out) {
   using V = typename K::V;
   using S = typename K::S;
   constexpr int L = V::kLanes;
@@ -146,6 +166,10 @@ __attribute__((noinline)) void multiply(int64_t steps, const char* a, int64_t a_
       __builtin_prefetch(b + j * panel_size + (s + 16) * L);  // panels come from L2
 #endif
     }
+#if GLM5_ISA_LEVEL == 2
+    __builtin_prefetch(soon + s * static_cast<int64_t>(sizeof(S)), 0, 2);
+    __builtin_prefetch(soon + soon_row + s * static_cast<int64_t>(sizeof(S)), 0, 2);
+#endif
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const V av = splat<V>(load_step<S>(a + i * a_row + s * static_cast<int64_t>(sizeof(S))));
@@ -159,18 +183,15 @@ __attribute__((noinline)) void multiply(int64_t steps, const char* a, int64_t a_
     for (int j = 0; j < kPanels; ++j) store(out + (i * kPanels + j) * L, c[i][j]);
 }
 
-template <class K>
-using Multiply = void (*)(int64_t, const char*, int64_t, const typename K::S*, int64_t, typename K::S*);
-
 template <class K, int kRows>
 GLM5_INLINE void run_multiply(int rows, int panels, int64_t steps, const char* a, int64_t a_row, const typename K::S* b,
-                              int64_t panel_size, typename K::S* out) {
+                              int64_t panel_size, const char* soon, int64_t soon_row, typename K::S* out) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      if (panels == 2) multiply<K, kRows, 2>(steps, a, a_row, b, panel_size, out);
-      else multiply<K, kRows, 1>(steps, a, a_row, b, panel_size, out);
+      if (panels == 2) multiply<K, kRows, 2>(steps, a, a_row, b, panel_size, soon, soon_row, out);
+      else multiply<K, kRows, 1>(steps, a, a_row, b, panel_size, soon, soon_row, out);
     } else {
-      run_multiply<K, kRows - 1>(rows, panels, steps, a, a_row, b, panel_size, out);
+      run_multiply<K, kRows - 1>(rows, panels, steps, a, a_row, b, panel_size, soon, soon_row, out);
     }
   }
 }
@@ -249,11 +270,20 @@ void run_tile(const GemmArgs& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
       const char* rows_a = direct ? reinterpret_cast<const char*>(own_a) : reinterpret_cast<const char*>(packed_a);
       const int64_t rows_a_stride = direct ? g.a_row * static_cast<int64_t>(sizeof(T))
                                            : row_size * static_cast<int64_t>(sizeof(S));
+      // After the last group comes the first one of the next block.
+      const bool wraps = group + 1 == row_groups;
+      const T* next_a = wraps ? a + (k0 + k_count) * g.a_col : own_a + (r1 - r0) * g.a_row;
       for (int64_t p = 0; p < num_panels; p += kMaxPanels) {
         const int panels = num_panels - p < kMaxPanels ? static_cast<int>(num_panels - p) : kMaxPanels;
         GLM5_COUNT_PATH(kPathNames[panels - 1][r1 - r0 - 1]);
+        // The rows to be packed next come near while these are multiplied, two at a time.
+        const bool fetches = g.a_col == 1 && p < r1 - r0 && !(wraps && last);
+        const char* soon = fetches ? reinterpret_cast<const char*>(next_a + p * g.a_row) : rows_a;
+        if (joins)
+          for (int64_t r = r0; r < r1; ++r)
+            for (int i = 0; i < panels; ++i) __builtin_prefetch(partial + r * partial_row + (p + i) * L);
         run_multiply<K, kMaxRows>(static_cast<int>(r1 - r0), panels, steps, rows_a, rows_a_stride, packed_b + p * panel_size,
-                                  panel_size, sums);
+                                  panel_size, soon, fetches ? g.a_row * static_cast<int64_t>(sizeof(T)) : 0, sums);
         const int64_t n = p * L, tile_cols = cols - n < panels * L ? cols - n : panels * L;
         for (int64_t r = r0; r < r1; ++r)
           finish_row<T, V, S>(sums + (r - r0) * panels * L, tile_cols, joins ? partial + r * partial_row + n : nullptr,
@@ -265,12 +295,6 @@ void run_tile(const GemmArgs& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
 }
 
 // ---- Few rows: columns [n0, n1), all of k --------------------------------------------------------------------------------
-
-// Keeps the compiler from splitting loops over a pointer, and from keeping all its offsets in (too few) registers.
-template <class P>
-GLM5_INLINE void as_it_is(P*& p) {
-  __asm__("" : "+r"(p));
-}
 
 // B is read once, from memory: what counts is to keep enough reads under way. Lines of B are transposed in registers and
 // multiplied at once, while the same lines further on, and at their ends the next ones, are prefetched.
@@ -329,7 +353,7 @@ __attribute__((noinline)) void multiply_lines(int64_t k_end, const typename K::S
       const S* own_a = a + k / K::kPerStep * kRows;
       for (int p = 0; p < kLinePanels; ++p) {
         V r[L];
-        read_lines<T, K, L>(b + k + p * L * b_col, b_col, 1, num_lines - p * L, block_end - k, r);
+        read_lines<T, K, L>(b + k + p * L * b_col, b_col, 1, num_lines - p * L, block_end - k, b, r);
         transpose(r);
         for (int i = 0; i < L; ++i)
           if (i < left)
