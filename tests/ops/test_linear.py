@@ -168,8 +168,8 @@ def test_every_tile_path_runs():
     """Every AMX register tile, either operand packed, tiles read in place and through scratch, sums resumed from memory."""
     seen = {}
     shapes = [
-        (5, 40, 1100), (20, 40, 64), (33, 48, 70), (40, 5, 1100), (40, 20, 64), (100, 100, 2000), (600, 530, 1400),
-        (16, 16, 0),
+        (1, 300, 1024), (5, 40, 1100), (16, 33, 70), (20, 40, 64), (33, 48, 70), (40, 5, 1100), (40, 20, 64),
+        (100, 100, 2000), (600, 530, 1400), (16, 16, 0),
     ]  # fmt: skip
     with _native.using_cpu_isa("amx"):
         for m, n, k in shapes:
@@ -186,6 +186,7 @@ def test_every_tile_path_runs():
                 assert same_bits(whole[:, col : col + 1], alone), (m, n, k, col)
     wanted = {f"gemm amx {a}x{b}" for a in (1, 2) for b in (1, 2)}
     wanted |= {"gemm amx streams in place", "gemm amx streams through scratch", "gemm amx resumes"}
+    wanted |= {"gemm amx one row in place", "gemm amx few rows"}
     assert wanted <= seen.keys(), wanted - seen.keys()
 
 

@@ -496,7 +496,9 @@ void run_serial(const GemmArgs& g) {
 void gemm(const GemmArgs* products, int64_t count) {
   if (count <= 0) return;
 #if GLM5_ISA_LEVEL == 2
-  if (products->dtype == 0 && current_isa() == Isa::amx) return amx::gemm_bf16(products, count);
+  if (products->dtype == 0 && current_isa() == Isa::amx)
+    return amx::gemm_has_few_rows(products, count) ? amx::gemm_bf16_few_rows(products, count)
+                                                   : amx::gemm_bf16(products, count);
 #endif
   if (products->dtype == 0) run_products<bf16>(products, count);
   else if (products->dtype == 1) run_products<float>(products, count);
