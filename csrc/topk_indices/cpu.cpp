@@ -5,7 +5,8 @@
 // pass that packs those candidates together; (3) a bisection among the candidates for the k-th value; (4) one pass over
 // the candidates, which are in index order already. Where the sample shows that the threshold is a value shared by many
 // (relu scores tie at 0), (2) counts instead, and if the k-th value is that one the row is written out directly. A sample
-// that misleads costs time, never correctness: step 2 is then repeated with every valid value as a candidate.
+// that misleads costs time, never correctness: step 2 is then repeated with another sample's, and if that misleads too,
+// with every valid value as a candidate.
 #include "topk_indices/topk_indices.h"
 
 #include <cfloat>
@@ -412,8 +413,9 @@ constexpr int64_t kSampleRun = 16;    // neighbours read together
 constexpr int64_t kSampleRuns = 64;   // spread evenly over the row
 constexpr int64_t kSampleFrom = 4096;  // shorter rows are candidates whole
 
-// A value that a little more than k of the row are expected to reach; `shared` tells whether many equal it.
-float sampled_threshold(const float* row, int64_t n, int64_t k, bool* shared) {
+// A value that a little more than k of the row are expected to reach; `shared` tells whether many equal it. The second
+// sample lies between the runs of the first.
+float sampled_threshold(const float* row, int64_t n, int64_t k, bool second, bool* shared) {
   constexpr int64_t kSample = kSampleRun * kSampleRuns;
   alignas(64) float values[kSample];
   alignas(64) int32_t keys[kSample], spare[kSample / 4 + 2 * kPad];
@@ -421,7 +423,10 @@ float sampled_threshold(const float* row, int64_t n, int64_t k, bool* shared) {
   const double expected = static_cast<double>(k) * kSample / static_cast<double>(n);
   const int64_t rank = static_cast<int64_t>(expected + 3.5 * __builtin_sqrt(expected)) + 4;
   for (int64_t r = 0; r < kSampleRuns; ++r)
-    std::memcpy(values + r * kSampleRun, row + (n - kSampleRun) * r / (kSampleRuns - 1), sizeof(float) * kSampleRun);
+    std::memcpy(
+        values + r * kSampleRun,
+        row + (second ? (n - kSampleRun) * (2 * r + 1) / (2 * kSampleRuns) : (n - kSampleRun) * r / (kSampleRuns - 1)),
+        sizeof(float) * kSampleRun);
   int32_t low, high;
   to_keys(values, kSample, keys, &low, &high);
   const int64_t valid = count_at_least(keys, kSample, order_of(Order<float>::kLowest));
@@ -443,7 +448,7 @@ void select(const T* row, int64_t n, int64_t k, int64_t base, int32_t* out) {
     T threshold = Order<T>::kLowest;
     if constexpr (sizeof(T) == 4) {
       bool shared = false;
-      if (n >= kSampleFrom && k < n / 2) threshold = sampled_threshold(row, n, k, &shared);
+      if (n >= kSampleFrom && k < n / 2) threshold = sampled_threshold(row, n, k, false, &shared);
       if (shared) {
         int64_t above, equal;
         count_around(row, n, threshold, &above, &equal);
@@ -461,7 +466,14 @@ void select(const T* row, int64_t n, int64_t k, int64_t base, int32_t* out) {
     int64_t candidates = pack_candidates(row, n, threshold, values, positions);
     if (candidates < k && threshold > Order<T>::kLowest) {
       GLM5_COUNT_PATH("topk_indices: misleading sample");
-      candidates = pack_candidates(row, n, Order<T>::kLowest, values, positions);
+      if constexpr (sizeof(T) == 4) {
+        bool shared = false;
+        candidates = pack_candidates(row, n, sampled_threshold(row, n, k, true, &shared), values, positions);
+      }
+      if (candidates < k) {
+        GLM5_COUNT_PATH("topk_indices: both samples misleading");
+        candidates = pack_candidates(row, n, Order<T>::kLowest, values, positions);
+      }
     } else if (threshold > Order<T>::kLowest) {
       GLM5_COUNT_PATH("topk_indices: sampled threshold");
     } else {

@@ -68,6 +68,10 @@ def adversarial_rows(n, k):
     noise = torch.randn(n, generator=generator)
     yield "the sample holds the largest", torch.where(sampled, noise + 10, noise)
     yield "the sample holds the smallest", torch.where(sampled, noise - 10, noise)
+    again = sampled.clone()
+    for run in range(64):
+        again[(n - 16) * (2 * run + 1) // 128 :][:16] = True
+    yield "both samples hold the largest", torch.where(again, noise + 10, noise)
     yield "the sample is all NaN", noise.masked_fill(sampled, NAN)
     yield "only the sample is valid", noise.masked_fill(~sampled, -INF)
     yield "k-th value shared by many", torch.where(noise > 2, noise, 0.0)
@@ -94,7 +98,10 @@ def test_every_path_runs(isa):
     with _native.counted_paths() as paths:
         for _, row in adversarial_rows(20000, 2048):
             ops.topk_indices(row[None], 2048)
-    for name in ("sampled threshold", "misleading sample", "every value a candidate", "k-th value shared by many"):
+    for name in (
+        "sampled threshold", "misleading sample", "both samples misleading", "every value a candidate",
+        "k-th value shared by many",
+    ):  # fmt: skip
         assert paths.get(f"topk_indices: {name}", 0) > 0, paths
 
 
