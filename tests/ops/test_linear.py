@@ -169,7 +169,7 @@ def test_every_tile_path_runs():
     seen = {}
     shapes = [
         (1, 300, 1024), (5, 40, 1100), (16, 33, 70), (20, 40, 64), (33, 48, 70), (40, 5, 1100), (40, 20, 64),
-        (100, 100, 2000), (600, 530, 1400), (16, 16, 0),
+        (100, 100, 2000), (600, 530, 1400), (70, 110, 2600), (330, 530, 5200), (16, 16, 0),
     ]  # fmt: skip
     with _native.using_cpu_isa("amx"):
         for m, n, k in shapes:
@@ -187,7 +187,22 @@ def test_every_tile_path_runs():
     wanted = {f"gemm amx {a}x{b}" for a in (1, 2) for b in (1, 2)}
     wanted |= {"gemm amx streams in place", "gemm amx streams through scratch", "gemm amx resumes"}
     wanted |= {"gemm amx one row in place", "gemm amx few rows"}
+    wanted |= {"gemm amx packed lines near", "gemm amx packed lines from afar"}
+    wanted |= {"gemm amx finishes rows beside", "gemm amx finishes columns beside"}
     assert wanted <= seen.keys(), wanted - seen.keys()
+
+
+@pytest.mark.parametrize("rows, out, inner", [(700, 300, 290), (2700, 150, 70), (70, 2700, 150), (33, 65, 600)])
+def test_gradients_have_the_bits_of_linear(isa, rows, out, inner):
+    """Whichever way the operands lie in memory, an element's sum is the same."""
+    dy, w = gaussian(0, rows, out, dtype=torch.bfloat16), gaussian(1, out, inner, dtype=torch.bfloat16)
+    x = gaussian(2, rows, inner, dtype=torch.bfloat16)
+    dx, dw = torch.ops.glm5.linear_dx(dy, w), torch.ops.glm5.linear_dw(dy, x)
+    assert same_bits(dx, ops.linear(dy, w.T.contiguous()))
+    assert same_bits(dw, ops.linear(dy.T.contiguous(), x.T.contiguous()))
+    assert same_bits(dx[31:32], torch.ops.glm5.linear_dx(dy[31:32], w))
+    assert relative_error(dx, dy.double() @ w.double()) < 3e-3
+    assert relative_error(dw, dy.double().T @ x.double()) < 3e-3
 
 
 def test_only_the_gradients_asked_for_are_computed():

@@ -16,9 +16,13 @@ namespace {
 constexpr int kScratchTasks = 4, kScratchStream = 5, kScratchPacked = 6, kScratchSums = 7;
 constexpr int64_t kTile = 16, kStep = 32;  // lines and k of one tile
 constexpr int64_t kTileElements = kTile * kStep;  // 1 KiB of bf16
-constexpr int64_t kChunkLines = 512;  // of the packed operand: 256 KiB of L2 with kBlockK
-constexpr int64_t kBlockK = 256;  // two tiles of lines of it are 16 KiB: a third of L1
+constexpr int64_t kChunkLines = 2048;  // of the packed operand, at most
+constexpr int64_t kBlockK = 2048;  // sums stay in tiles for this long at least
+constexpr int64_t kPanelBytes = 1 << 20;  // of streamed lines: half of L2
+constexpr int64_t kNearBytes = 1 << 20;  // packed lines that stay in L2 beside them
 constexpr int64_t kWaveBytes = 32 << 20;  // packed at a time
+constexpr int64_t kEvenK = 512;  // streamed lines of up to this length are fetched as one piece of memory
+constexpr int64_t kPackSteps = 8;  // a task, where it packs all lines
 
 constexpr const char* kPathNames[2][2] = {{"gemm amx 1x1", "gemm amx 1x2"}, {"gemm amx 2x1", "gemm amx 2x2"}};
 
@@ -132,21 +136,59 @@ struct Stream {
 // Rounds as to_bf16 does, but for float32 subnormals, which become 0: tile products flush them as well.
 GLM5_INLINE __m512i narrow_pair(F low, F high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)); }
 
-// What the vector unit does while tiles are multiplied, a little beside every step.
+// A finished 32 x 32 block of sums that overwrites c: `left` and `right` are its columns in two tiles each, of 16 rows.
+GLM5_INLINE void finish_rows(const GemmArgs& g, int64_t m, int64_t n, F (&left)[16], F (&right)[16]) {
+  if (g.bias) {
+    const bf16* bias = static_cast<const bf16*>(g.bias) + n;
+    const F bias_left = load(bias), bias_right = load(bias + 16);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) left[i] = left[i] + bias_left, right[i] = right[i] + bias_right;
+  }
+  if (g.out_dtype != g.dtype) {
+    float* out = static_cast<float*>(g.c) + m * g.c_row + n;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      store(out + i * g.c_row, left[i]);
+      store(out + i * g.c_row + 16, right[i]);
+    }
+  } else {
+    bf16* out = static_cast<bf16*>(g.c) + m * g.c_row + n;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * g.c_row, narrow_pair(left[i], right[i]));
+  }
+}
+
+// What is done while tiles are multiplied, a little beside every step.
 struct Beside {
-  // A finished 32 x 32 block of sums, streamed lines being rows of c: `rows` of it are still to be rounded and stored.
+  // A finished 32 x 32 block of sums at c[m, n]: `rows` of it are still to be rounded and stored. transposed: streamed lines
+  // are the columns of c.
   const GemmArgs* g;
+  bool transposed;
   const float* sums;
   int64_t m, n, rows;
-  // Lines to be streamed next, step_bytes of each a step.
-  const char* ahead;
-  int64_t ahead_lines, ahead_row_bytes;
+  const char* next_sums;  // 4 KiB, to be stored to at the end
+  // What is to be read soon, lines a step.
+  const char* soon;
+  int64_t soon_lines;
 };
 
-// Stores up to `rows` rows more of the finished block.
-GLM5_INLINE void finish_beside(Beside& b, int64_t rows) {
+// Stores the next rows of the finished block: four, or half of it where they are transposed.
+GLM5_INLINE void finish_beside(Beside& b) {
   const GemmArgs& g = *b.g;
-  for (; rows > 0 && b.rows > 0; --rows, --b.rows) {
+  if (b.transposed) {
+    F left[16], right[16];
+    // Tiles in memory: [streamed half][packed half].
+    const int64_t first = 32 - b.rows;
+    const float *upper = b.sums + first * 16, *lower = upper + 512;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) left[i] = load(upper + i * 16), right[i] = load(lower + i * 16);
+    transpose(left);
+    transpose(right);
+    finish_rows(g, b.m + first, b.n, left, right);
+    b.rows -= 16;
+    return;
+  }
+  for (int r = 0; r < 4; ++r, --b.rows) {
     const int64_t i = 32 - b.rows, at = (b.m + i) * g.c_row + b.n;
     const float* tile = b.sums + (i / 16) * 512 + (i % 16) * 16;
     F left = load(tile), right = load(tile + 256);
@@ -205,9 +247,12 @@ __attribute__((noinline)) void multiply(const Stream& s0, const Stream& s1, cons
     a0 += s0.step_bytes;
     b0 += kTileElements;
     if constexpr (kLines == 2 && kPacked == 2) {
-      if (beside.rows > 0) finish_beside(beside, 4);
-      for (int64_t i = 0; i < beside.ahead_lines; ++i)
-        __builtin_prefetch(beside.ahead + i * beside.ahead_row_bytes + s * kStep * 2);
+      if (beside.rows > 0) finish_beside(beside);
+      // Stored to lines that are not in L1, each would take its time.
+      if (steps - s <= 8)
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) __builtin_prefetch(beside.next_sums + (steps - s - 1) * 512 + i * 64, 1);
+      for (int64_t i = 0; i < beside.soon_lines; ++i, beside.soon += 64) __builtin_prefetch(beside.soon, 0, 2);
     }
   }
   _tile_stored(0, c00, 64);
@@ -233,8 +278,8 @@ Side streamed_of(const Unit& u) { return u.rows_are_packed ? cols_of(*u.g) : row
 int64_t steps_of(const GemmArgs& g) { return ceil_div(g.k, kStep); }
 int64_t packed_tiles(const Unit& u) { return ceil_div(u.packed_last - u.packed_first, kTile); }
 
-// How k is cut. Few packed lines: not at all, the sums stay in the tile registers. Else so that two streamed tiles of lines
-// stay in L1 and all packed lines of a block in L2.
+// How k is cut. Few packed lines: not at all, the sums stay in the tile registers. Else in long blocks: storing sums and
+// loading them again costs about as much as eight steps, and lines too long for L1 come from L2 nearly as fast.
 int64_t blocks_of(const Unit& u) {
   return packed_tiles(u) <= 2 ? 1 : ceil_div(steps_of(*u.g) * kStep, kBlockK + kBlockK / 4);
 }
@@ -250,50 +295,37 @@ int64_t packed_offset(const Unit& u, int64_t block, int64_t tile) {
 }
 int64_t unit_elements(const Unit& u) { return blocks_of(u) * packed_tiles(u) * block_steps_of(u) * kTileElements; }
 
-void pack_unit_tiles(const Unit& u, int64_t tile, bf16* wave) {
+// Lines that are neighbours in memory are packed all together, a few steps a task: whole rows of memory are read, as
+// the hardware follows them. Others a pair of tiles a task.
+int64_t pack_tasks_of(const Unit& u) {
+  return packed_of(u).k_stride == 1 ? ceil_div(packed_tiles(u), 2) : ceil_div(steps_of(*u.g), kPackSteps);
+}
+
+// Streamed lines a task, at most.
+int64_t panel_lines(const Unit& u) {
+  if (packed_tiles(u) <= 4) return 128;
+  const int64_t line_bytes = (block_steps_of(u) + 1) * kStep * 2, lines = kPanelBytes / line_bytes / (2 * kTile) * 2 * kTile;
+  return lines < 2 * kTile ? 2 * kTile : at_most(lines, 512);
+}
+
+void pack_unit(const Unit& u, int64_t task, bf16* wave) {
   Side side = packed_of(u);
   side.count = u.packed_last;
-  const int64_t steps = block_steps_of(u), block_k = steps * kStep;
-  for (int64_t block = 0; block < blocks_of(u); ++block) {
-    bf16* out = wave + packed_offset(u, block, tile);
-    pack_tile_pair<true>(side, u.packed_first + tile * kTile, block * block_k, at_most(u.g->k, (block + 1) * block_k), out,
-                         out + steps * kTileElements);
+  const int64_t steps = block_steps_of(u), tiles = packed_tiles(u);
+  int64_t first = 0, last = steps_of(*u.g), first_tile = 2 * task, last_tile = 2 * task + 2;
+  if (side.k_stride != 1) {
+    first = task * kPackSteps, last = at_most(last, first + kPackSteps);
+    first_tile = 0, last_tile = tiles;
   }
-}
-
-// A finished 32 x 32 block of sums that overwrites c. `left` and `right` are its columns in two tiles each, of the upper and
-// the lower 16 rows.
-GLM5_INLINE void finish_rows(const GemmArgs& g, int64_t m, int64_t n, F (&left)[16], F (&right)[16]) {
-  if (g.bias) {
-    const bf16* bias = static_cast<const bf16*>(g.bias) + n;
-    const F bias_left = load(bias), bias_right = load(bias + 16);
-    for (int i = 0; i < 16; ++i) left[i] = left[i] + bias_left, right[i] = right[i] + bias_right;
-  }
-  if (g.out_dtype != g.dtype) {
-    float* out = static_cast<float*>(g.c) + m * g.c_row + n;
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      store(out + i * g.c_row, left[i]);
-      store(out + i * g.c_row + 16, right[i]);
+  for (int64_t s = first; s < last;) {
+    const int64_t block = s / steps;
+    const int64_t end = at_most(at_most(last, (block + 1) * steps), side.k_stride == 1 ? last : s + 1);
+    for (int64_t tile = first_tile; tile < last_tile; tile += 2) {
+      bf16* out = wave + packed_offset(u, block, tile) + (s - block * steps) * kTileElements;
+      pack_tile_pair<true>(side, u.packed_first + tile * kTile, s * kStep, at_most(u.g->k, end * kStep), out,
+                           out + steps * kTileElements);
     }
-  } else {
-    bf16* out = static_cast<bf16*>(g.c) + m * g.c_row + n;
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * g.c_row, narrow_pair(left[i], right[i]));
-  }
-}
-
-// The same where the packed lines are the rows of c.
-void finish_block(const Unit& u, int64_t streamed, int64_t packed, const float* sums) {
-  F left[16], right[16];
-  for (int half = 0; half < 2; ++half) {
-    // Tiles in memory: [streamed half][packed half].
-    const float *a = sums + half * 256, *b = a + 512;
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) left[i] = load(a + i * 16), right[i] = load(b + i * 16);
-    transpose(left);
-    transpose(right);
-    finish_rows(*u.g, packed + half * 16, streamed, left, right);
+    s = end;
   }
 }
 
@@ -322,6 +354,31 @@ void finish_tile(const Unit& u, int64_t streamed, int64_t packed, const float* s
   }
 }
 
+// Lines [first, last) over [k, k_end) as tiles, each group of 16 `steps` tiles long. Memory is read in its own order.
+void pack_panel(const Side& side, int64_t first, int64_t last, int64_t k, int64_t k_end, int64_t steps, bf16* out) {
+  if (side.k_stride != 1) {
+    for (int64_t s = 0; k + s * kStep < k_end; ++s)
+      for (int64_t line = first; line < last; line += 2 * kTile) {
+        bf16* at = out + ((line - first) / kTile * steps + s) * kTileElements;
+        pack_tile_pair<false>(side, line, k + s * kStep, at_most(k_end, k + (s + 1) * kStep), at,
+                              at + steps * kTileElements);
+      }
+    return;
+  }
+  const int64_t whole = (k_end - k) / kStep, rest = (k_end - k) % kStep;
+  for (int64_t line = first; line < first + ceil_div(last - first, kTile) * kTile; ++line) {
+    const bf16* p = side.data + line * side.line_stride + k;
+    const int64_t i = line - first;
+    float* to = reinterpret_cast<float*>(out + i / kTile * steps * kTileElements + i % kTile * kStep);
+    if (line >= last) {
+      for (int64_t s = 0; s < whole + (rest > 0); ++s) store(to + s * 256, splat<F>(0.f));
+      continue;
+    }
+    for (int64_t s = 0; s < whole; ++s) store(to + s * 256, Pairs::along(p + s * kStep));
+    if (rest > 0) store(to + whole * 256, Pairs::along(p + whole * kStep, rest));
+  }
+}
+
 // Streamed lines [first, last) of a unit against its packed lines.
 void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
   const GemmArgs& g = *u.g;
@@ -329,13 +386,19 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
   side.count = last;
   const int64_t all_steps = steps_of(g), tiles = packed_tiles(u), groups = ceil_div(last - first, kTile);
   const int64_t blocks = blocks_of(u), block_steps = block_steps_of(u);
-  // What is read often goes through L1: in place, lines a power of two apart would meet in few cache sets.
-  // Short lines side by side fill the sets evenly.
-  const bool even = blocks_of(u) == 1 && side.line_stride == g.k && g.k <= kBlockK && g.k % kStep == 0;
-  const bool pack = (tiles > 4 && !even) || side.k_stride != 1;
+  // Packed lines that come from afar are read once, for all lines of the stripe, which are copied for it: in place, lines a
+  // power of two apart would meet in few cache sets. Else two groups of lines after the other meet all packed lines.
+  const bool far = tiles * block_steps * kTileElements * 2 > kNearBytes;
+  const bool pack = far || side.k_stride != 1;
+  // Short lines side by side: the next ones are one piece of memory.
+  const bool even = blocks == 1 && side.line_stride == g.k && g.k > 0 && g.k <= kEvenK && g.k % kStep == 0;
+  GLM5_COUNT_PATH(far ? "gemm amx packed lines from afar" : "gemm amx packed lines near");
   const int64_t groups_kept = blocks > 1 ? groups + groups % 2 : 2, tiles_kept = blocks > 1 ? tiles + tiles % 2 : 4;
   float* sums = static_cast<float*>(thread_scratch(kScratchSums, groups_kept * tiles_kept * 256 * sizeof(float)));
-  bf16* stream = static_cast<bf16*>(thread_scratch(kScratchStream, 2 * (block_steps + 1) * kTileElements * sizeof(bf16)));
+  // One step more than needed: groups do not begin a power of two apart.
+  const int64_t panel_steps = block_steps + 1;
+  bf16* panel = static_cast<bf16*>(
+      thread_scratch(kScratchStream, (pack ? groups + groups % 2 : 2) * panel_steps * kTileElements * sizeof(bf16)));
 
   Beside beside{};
   int64_t parity = 0;
@@ -345,65 +408,66 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
     const int64_t k1 = at_most(g.k, s1 * kStep);
     const bool resume = block > 0, finish = block + 1 >= blocks;
     if (resume) GLM5_COUNT_PATH("gemm amx resumes");
-    for (int64_t group = 0; group < groups; group += 2) {
-      const int64_t line = first + group * kTile, pair = groups - group > 1 ? 2 : 1;
+    if (pack) pack_panel(side, first, last, k0, k1, panel_steps, panel);
+    const int64_t calls = ceil_div(tiles, 2), pairs = ceil_div(groups, 2);
+    for (int64_t at = 0; at < pairs * calls; ++at) {
+      const int64_t group = 2 * (far ? at % pairs : at / calls), tile = 2 * (far ? at / pairs : at % calls);
+      const int64_t line = first + group * kTile, pair = groups - group > 1 ? 2 : 1, two = tiles - tile > 1 ? 2 : 1;
       // As they lie in memory where that is possible: whole tiles, k contiguous, and then the last step of an odd k apart.
       const bool direct = !pack && line + pair * kTile <= last;
       const int64_t direct_steps = direct ? (k1 - k0) / kStep : 0;
-      if (k0 + direct_steps * kStep < k1)
-        pack_tile_pair<false>(side, line, k0 + direct_steps * kStep, k1, stream, stream + (block_steps + 1) * kTileElements);
+      bf16* own = panel + (pack ? group * panel_steps * kTileElements : 0);
+      if (!pack && tile == 0 && k0 + direct_steps * kStep < k1)
+        pack_panel(side, line, at_most(last, line + 2 * kTile), k0 + direct_steps * kStep, k1, panel_steps, own);
       Stream in_place[2], in_scratch[2];
       for (int i = 0; i < 2; ++i) {
-        bf16* own = stream + i * (block_steps + 1) * kTileElements;
-        in_scratch[i] = {reinterpret_cast<const char*>(own), 64, kTileElements * 2};
+        in_scratch[i] = {reinterpret_cast<const char*>(own + i * panel_steps * kTileElements), 64, kTileElements * 2};
         in_place[i] = {reinterpret_cast<const char*>(side.data + (line + i * kTile) * side.line_stride + k0),
                        side.line_stride * 2, kStep * 2};
       }
       GLM5_COUNT_PATH(direct ? "gemm amx streams in place" : "gemm amx streams through scratch");
-      for (int64_t tile = 0; tile < tiles; tile += 2) {
-        const int64_t two = tiles - tile > 1 ? 2 : 1;
-        const bf16* b0 = wave + packed_offset(u, block, tile);
-        const bf16* b1 = b0 + (two == 2 ? block_steps * kTileElements : 0);
-        // Where sums need not wait for another block, two places take turns: one is stored while the other is made.
-        float* c = sums + (blocks > 1 ? (group * tiles_kept + tile * 2) * 256 : (parity ^= 1) * 1024);
-        const int64_t calls = ceil_div(tiles, 2), share = ceil_div(2 * kTile, calls), ahead_line = tile / 2 * share;
-        beside.ahead_lines = 0;
-        if (calls > 2 && side.k_stride == 1 && ahead_line < 2 * kTile && line + 4 * kTile <= last) {
-          beside.ahead = reinterpret_cast<const char*>(side.data + (line + 2 * kTile + ahead_line) * side.line_stride + k0);
-          beside.ahead_lines = at_most(share, 2 * kTile - ahead_line);
-          beside.ahead_row_bytes = side.line_stride * 2;
-        }
-        float *c00 = c, *c01 = c + 256, *c10 = c + 512, *c11 = c + 768;
-        const auto run = [&](const Stream* from, const bf16* p0, const bf16* p1, int64_t steps, bool go_on, int64_t ahead) {
-          GLM5_COUNT_PATH(kPathNames[pair - 1][two - 1]);
-          if (pair == 2 && two == 2)
-            multiply<2, 2>(from[0], from[1], p0, p1, steps, go_on, c00, c01, c10, c11, ahead, beside);
-          else if (pair == 2) multiply<2, 1>(from[0], from[1], p0, p1, steps, go_on, c00, c01, c10, c11, ahead, beside);
-          else if (two == 2) multiply<1, 2>(from[0], from[0], p0, p1, steps, go_on, c00, c01, c10, c11, ahead, beside);
-          else multiply<1, 1>(from[0], from[0], p0, p1, steps, go_on, c00, c01, c10, c11, ahead, beside);
-        };
-        if (direct_steps > 0) run(in_place, b0, b1, direct_steps, resume, tile == 0 ? 6 * 64 : 0);
-        const int64_t rest = s1 - s0 - direct_steps;
-        if (rest > 0 || direct_steps == 0)
-          run(in_scratch, b0 + direct_steps * kTileElements, b1 + direct_steps * kTileElements, rest,
-              resume || direct_steps > 0, 0);
-        if (beside.rows > 0) finish_beside(beside, 32);  // of the block before: fewer than eight steps, or another kernel
-        if (!finish) continue;
-        const int64_t packed_line = u.packed_first + tile * kTile;
-        if (pair == 2 && two == 2 && !g.accumulate && line + 2 * kTile <= last && packed_line + 2 * kTile <= u.packed_last) {
-          if (u.rows_are_packed) {
-            finish_block(u, line, packed_line, c);
-          } else {
-            beside.g = &g, beside.sums = c, beside.m = line, beside.n = packed_line, beside.rows = 32;
-          }
-          continue;
-        }
-        for (int64_t i = 0; i < pair; ++i)
-          for (int64_t j = 0; j < two; ++j) finish_tile(u, line + i * kTile, packed_line + j * kTile, c + (2 * i + j) * 256);
+      const bf16* b0 = wave + packed_offset(u, block, tile);
+      const bf16* b1 = b0 + (two == 2 ? block_steps * kTileElements : 0);
+      // Where sums need not wait for another block, two places take turns: one is stored while the other is made.
+      float* c = sums + (blocks > 1 ? (group * tiles_kept + tile * 2) * 256 : (parity ^= 1) * 1024);
+      beside.next_sums = reinterpret_cast<const char*>(c);
+      beside.soon_lines = 0;
+      if (far && tile + 4 <= tiles) {
+        const int64_t all = 2 * block_steps * kTileElements * 2 / 64, share = ceil_div(all, pairs);
+        beside.soon = reinterpret_cast<const char*>(b0 + 2 * block_steps * kTileElements) + at % pairs * share * 64;
+        beside.soon_lines = ceil_div(share, s1 - s0);
+      } else if (!far && direct && even && line + 4 * kTile <= last) {
+        const int64_t all = 2 * kTile * g.k * 2 / 64, share = ceil_div(all, calls);
+        beside.soon = in_place[0].first + 2 * kTile * g.k * 2 + at % calls * share * 64;
+        beside.soon_lines = ceil_div(share, s1 - s0);
       }
+      float *c00 = c, *c01 = c + 256, *c10 = c + 512, *c11 = c + 768;
+      const auto run = [&](const Stream* from, const bf16* p0, const bf16* p1, int64_t steps, bool go_on, int64_t ahead) {
+        GLM5_COUNT_PATH(kPathNames[pair - 1][two - 1]);
+        if (pair == 2 && two == 2) multiply<2, 2>(from[0], from[1], p0, p1, steps, go_on, c00, c01, c10, c11, ahead, beside);
+        else if (pair == 2) multiply<2, 1>(from[0], from[1], p0, p1, steps, go_on, c00, c01, c10, c11, ahead, beside);
+        else if (two == 2) multiply<1, 2>(from[0], from[0], p0, p1, steps, go_on, c00, c01, c10, c11, ahead, beside);
+        else multiply<1, 1>(from[0], from[0], p0, p1, steps, go_on, c00, c01, c10, c11, ahead, beside);
+      };
+      if (direct_steps > 0) run(in_place, b0, b1, direct_steps, resume, tile == 0 && !even ? 6 * 64 : 0);
+      const int64_t rest = s1 - s0 - direct_steps;
+      if (rest > 0 || direct_steps == 0)
+        run(in_scratch, b0 + direct_steps * kTileElements, b1 + direct_steps * kTileElements, rest,
+            resume || direct_steps > 0, 0);
+      while (beside.rows > 0) finish_beside(beside);  // of the block before: fewer than eight steps, or another kernel
+      if (!finish) continue;
+      const int64_t packed_line = u.packed_first + tile * kTile;
+      if (pair == 2 && two == 2 && !g.accumulate && line + 2 * kTile <= last && packed_line + 2 * kTile <= u.packed_last) {
+        GLM5_COUNT_PATH(u.rows_are_packed ? "gemm amx finishes columns beside" : "gemm amx finishes rows beside");
+        beside.g = &g, beside.transposed = u.rows_are_packed, beside.sums = c, beside.rows = 32;
+        beside.m = u.rows_are_packed ? packed_line : line, beside.n = u.rows_are_packed ? line : packed_line;
+        continue;
+      }
+      for (int64_t i = 0; i < pair; ++i)
+        for (int64_t j = 0; j < two; ++j) finish_tile(u, line + i * kTile, packed_line + j * kTile, c + (2 * i + j) * 256);
     }
   }
-  if (beside.rows > 0) finish_beside(beside, 32);
+  while (beside.rows > 0) finish_beside(beside);
 }
 
 int64_t units_of(const GemmArgs& g) { return ceil_div(at_most(g.m, g.n), kChunkLines); }
@@ -439,7 +503,7 @@ void gemm_bf16(const GemmArgs* products, int64_t count) {
       units[end].offset = elements;
       units[end].first_pack_task = pack_tasks;
       elements += more;
-      pack_tasks += ceil_div(packed_tiles(units[end]), 2);
+      pack_tasks += pack_tasks_of(units[end]);
       lines += streamed_of(units[end]).count;
     }
     bf16* wave = static_cast<bf16*>(thread_scratch(kScratchPacked, elements * sizeof(bf16)));
@@ -454,19 +518,18 @@ void gemm_bf16(const GemmArgs* products, int64_t count) {
     };
     parallel_tasks(pack_tasks, [&](int64_t task) {
       const Unit& u = unit_at(task, &Unit::first_pack_task);
-      pack_unit_tiles(u, 2 * (task - u.first_pack_task), wave);
+      pack_unit(u, task - u.first_pack_task, wave);
     });
 
-    // Stripes of up to 256 lines (each reads all packed lines again, from L3), shorter ones where there would be too few to
-    // share out.
+    // Stripes that fill a part of L2, shorter ones where there would be too few to share out.
     const int64_t wanted = 4 * num_threads();
-    int64_t stripe = 256, tasks = 0;
-    while (stripe > 2 * kTile && lines / stripe < wanted) stripe /= 2;
+    int64_t tasks = 0;
     for (int64_t i = begin; i < end; ++i) {
-      // Few packed lines stay in cache anyway: longer stripes gain nothing there (and were slower at M=64).
-      units[i].stripe = packed_tiles(units[i]) > 4 ? stripe : at_most(stripe, 128);
+      int64_t stripe = panel_lines(units[i]);
+      while (stripe > 2 * kTile && lines / stripe < wanted) stripe = ceil_div(stripe, 4 * kTile) * 2 * kTile;
+      units[i].stripe = stripe;
       units[i].first_task = tasks;
-      tasks += ceil_div(streamed_of(units[i]).count, units[i].stripe);
+      tasks += ceil_div(streamed_of(units[i]).count, stripe);
     }
     parallel_tasks(tasks, [&](int64_t task) {
       const Unit& u = unit_at(task, &Unit::first_task);
@@ -488,9 +551,10 @@ void gemm_bf16_serial(const GemmArgs& product) {
   for (int64_t i = 0; i < made; ++i) {
     Unit& u = units[i];
     bf16* wave = static_cast<bf16*>(thread_scratch(kScratchPacked, unit_elements(u) * sizeof(bf16)));
-    for (int64_t tile = 0; tile < packed_tiles(u); tile += 2) pack_unit_tiles(u, tile, wave);
-    for (int64_t first = 0; first < streamed_of(u).count; first += 128)
-      run_stripe(u, first, at_most(streamed_of(u).count, first + 128), wave);
+    for (int64_t task = 0; task < pack_tasks_of(u); ++task) pack_unit(u, task, wave);
+    const int64_t stripe = panel_lines(u);
+    for (int64_t first = 0; first < streamed_of(u).count; first += stripe)
+      run_stripe(u, first, at_most(streamed_of(u).count, first + stripe), wave);
   }
   _tile_release();
 }
