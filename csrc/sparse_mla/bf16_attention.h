@@ -32,11 +32,13 @@ struct Shape {
   int64_t block() const { return topk32 < kPairBlock ? topk32 : kPairBlock; }
 };
 
+#if !defined(__AMX_BF16__)  // tile_forward.h has the forward on tiles
+
 struct PairForward : Shape {
   using Shape::Shape;
 
   struct Scratch {
-    uint32_t *q, *words, *p, *turned;
+    uint32_t *q, *words, *p;
     uint16_t* rows;
     float *s, *acc, *max, *sum, *rounded_sum, *alpha;
     int32_t* keys;
@@ -48,7 +50,6 @@ struct PairForward : Shape {
       s.q = c.take<uint32_t>(dim32 / 2 * lanes);
       s.words = c.take<uint32_t>(block() / 2 * value32);
       s.p = c.take<uint32_t>(block() / 2 * lanes);
-      s.turned = c.take<uint32_t>(kTiles ? block() / 2 * lanes : 0);
       s.rows = c.take<uint16_t>(block() * dim32);
       s.s = c.take<float>(block() * lanes);
       s.acc = c.take<float>(lanes * value32);
@@ -126,7 +127,7 @@ struct PairForward : Shape {
         gather_rows(words_of(a.kv), a.dim, keys, n, s.rows, s.words, value32);
         scores(s.rows, dim32, n, s.q, a.heads, lanes, dim32 / 2, s.s, {words_of(a.kv), a.dim, keys + n, next});
         softmax(s, n, first);
-        weighted(s.p, lanes, a.heads, n, s.words, value32, s.acc, !first, s.alpha, s.turned, block() / 2);
+        weighted(s.p, lanes, a.heads, n, s.words, value32, s.acc, !first, s.alpha, nullptr, 0);
         first = false;
       }
       from += n;
@@ -135,6 +136,13 @@ struct PairForward : Shape {
     finish(s, t, first);
   }
 };
+
+void pair_forward(const SparseMlaArgs& args) {
+  const PairForward op(args);
+  parallel_tasks(args.queries, [&](int64_t t) { op.query(t); });
+}
+
+#endif
 
 struct PairBackward : Shape {
   using Shape::Shape;
@@ -384,10 +392,6 @@ struct PairTarget : Shape {
   }
 };
 
-void pair_forward(const SparseMlaArgs& args) {
-  const PairForward op(args);
-  parallel_tasks(args.queries, [&](int64_t t) { op.query(t); });
-}
 void pair_backward(const SparseMlaArgs& args) { PairBackward(args).run(); }
 void pair_attn_target(const SparseMlaArgs& args) {
   const PairTarget op(args);

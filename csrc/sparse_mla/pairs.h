@@ -525,6 +525,7 @@ void weighted_tiles(const uint32_t* a, int64_t a_pitch, int64_t words, const uin
 
 inline void weighted(const uint32_t* a, int64_t lanes, int64_t heads, int64_t n, const uint32_t* b, int64_t pitch, float* c,
                      bool add, const float* alpha, uint32_t* turned, int64_t turned_pitch) {
+  (void)heads, (void)alpha;  // the backward has no alpha, and the forward on tiles is in tile_forward.h
   const int64_t words = round_up(n, 32) / 2;
   for (int64_t h = 0; h < lanes; h += 16)
     for (int64_t w = 0; w < words; w += 16) {
@@ -535,11 +536,6 @@ inline void weighted(const uint32_t* a, int64_t lanes, int64_t heads, int64_t n,
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) _mm512_storeu_si512(turned + (h + i) * turned_pitch + w, r[i]);
     }
-  if (add && alpha)
-    for (int64_t h = 0; h < heads; ++h)
-      if (!(alpha[h] == 1.f))
-        for (int64_t d = 0; d < pitch; d += 16)
-          _mm512_storeu_ps(c + h * pitch + d, _mm512_mul_ps(_mm512_loadu_ps(c + h * pitch + d), _mm512_set1_ps(alpha[h])));
   for (int64_t d = 0; d < pitch; d += 32)
     for (int64_t h = 0; h < lanes; h += 32) {
       const uint32_t* rows = turned + h * turned_pitch;

@@ -60,7 +60,7 @@ class TestEveryOp:
 @DTYPES
 class TestRowInvariance:
     def test_a_row_depends_on_itself_alone(self, isa, dtype):
-        for heads in (1, 6, 20):
+        for heads in (1, 6, 20, 40, 64):
             arguments = example(queries=9, heads=heads, dtype=dtype)
             out, lse, dq, _, target = everything(arguments)
             order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
@@ -320,6 +320,8 @@ def paths(isa):
     if isa == "amx":
         names += [f"sparse_mla tiles {kind} {r}x2" for kind in ("weighted", "scatter") for r in (2, 1)]
         names += [f"sparse_mla tiles scores 2x{c}" for c in (2, 1)]
+        names += [f"sparse_mla tiles forward scores {tile}" for tile in ("4x1", "2x2", "1x3", "1x4")]
+        names += [f"sparse_mla tiles forward weighted {r}x2" for r in (2, 1)] + ["sparse_mla tiles forward rescale"]
     return names
 
 
@@ -330,6 +332,9 @@ def test_every_tile_runs(isa):
             for heads in (1, 3, 6, 7, 20, 40, 64):
                 everything(example(heads=heads, dim=108, d_v=69, dtype=dtype))
             everything(example(valid=11, dtype=dtype))
+            rising = example(keys=300, topk=300, dtype=dtype)
+            rising["kv"] *= torch.linspace(0, 100, 300, dtype=dtype)[:, None]
+            everything(rising)
     assert not (missing := [name for name in paths(isa) if not counts.get(name)]), f"{missing} of {sorted(counts)}"
 
 
