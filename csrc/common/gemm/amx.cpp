@@ -301,6 +301,8 @@ int64_t pack_tasks_of(const Unit& u) {
   return packed_of(u).k_stride == 1 ? ceil_div(packed_tiles(u), 2) : ceil_div(steps_of(*u.g), kPackSteps);
 }
 
+bool packed_far(const Unit& u) { return packed_tiles(u) * block_steps_of(u) * kTileElements * 2 > kNearBytes; }
+
 // Streamed lines a task, at most.
 int64_t panel_lines(const Unit& u) {
   if (packed_tiles(u) <= 4) return 128;
@@ -388,7 +390,7 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
   const int64_t blocks = blocks_of(u), block_steps = block_steps_of(u);
   // Packed lines that come from afar are read once, for all lines of the stripe, which are copied for it: in place, lines a
   // power of two apart would meet in few cache sets. Else two groups of lines after the other meet all packed lines.
-  const bool far = tiles * block_steps * kTileElements * 2 > kNearBytes;
+  const bool far = packed_far(u);
   const bool pack = far || side.k_stride != 1;
   // Short lines side by side: the next ones are one piece of memory.
   const bool even = blocks == 1 && side.line_stride == g.k && g.k > 0 && g.k <= kEvenK && g.k % kStep == 0;
@@ -522,9 +524,10 @@ void gemm_bf16(const GemmArgs* products, int64_t count) {
     });
 
     // Stripes that fill a part of L2, shorter ones where there would be too few to share out.
-    const int64_t wanted = 4 * num_threads();
     int64_t tasks = 0;
     for (int64_t i = begin; i < end; ++i) {
+      // Each reads all packed lines: fewer where those come from afar.
+      const int64_t wanted = (packed_far(units[i]) ? 2 : 4) * num_threads();
       int64_t stripe = panel_lines(units[i]);
       while (stripe > 2 * kTile && lines / stripe < wanted) stripe = ceil_div(stripe, 4 * kTile) * 2 * kTile;
       units[i].stripe = stripe;
