@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from glm5.data.files import write_atomically
+from glm5._files import write_atomically
 from glm5.train import checkpoint
 from glm5.train.checkpoint import CheckpointError, CheckpointStore, Manifest
 

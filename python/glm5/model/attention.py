@@ -89,8 +89,9 @@ class Indexer(nn.Module):
         c = self.config
         q = self._rotate(self.wq_b(q_latent).view(-1, c.index_n_heads, c.index_head_dim), run)
         k = self._rotate(self.k_norm(self.wk(x)), run)
-        weights = self.weights_proj(x, at_least_float32(x)) * (c.index_head_dim**-0.5 * c.index_n_heads**-0.5)
-        return q, k, weights
+        # A checkpoint may hold this weight in float32 beside bf16 ones.
+        weights = self.weights_proj(x.to(self.weights_proj.weight.dtype), at_least_float32(x))
+        return q, k, weights * (c.index_head_dim**-0.5 * c.index_n_heads**-0.5)
 
     def _rotate(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
         """The first rope dimensions turn with the position, the others do not."""
@@ -114,7 +115,7 @@ class MLA(nn.Module):
         self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
         self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size, bias)
         self.indexer = Indexer(config) if has_indexer else None
-        self.scale = c.qk_head_dim**-0.5
+        self.scale = c.softmax_scale
 
     def forward(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
         c, heads = self.config, self.config.num_attention_heads
@@ -141,7 +142,7 @@ class MLA(nn.Module):
 
     def _attend_sparse(self, q_nope, q_rope, latent, run):
         c = self.config
-        w = self.kv_b_proj.weight.view(c.num_attention_heads, -1, c.kv_lora_rank)
+        w = self.kv_b_proj.full_weight().view(c.num_attention_heads, -1, c.kv_lora_rank)
         w_uk, w_uv = w.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         q = torch.cat([ops.batched_linear(q_nope, w_uk.transpose(1, 2).contiguous()), q_rope], -1)
         out, lse = ops.sparse_mla(q, latent, run.indices, self.scale, c.kv_lora_rank)

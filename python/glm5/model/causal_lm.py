@@ -7,6 +7,7 @@ length, the batch or the chunk, because the two forms round differently.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from zlib import crc32
 
 import torch
@@ -18,7 +19,8 @@ from glm5.model.cache import LatentCache
 from glm5.model.config import Glm5Config
 from glm5.model.generation import generate
 from glm5.model.layers import LayerNorm, Linear, MoE, RMSNorm, at_least_float32
-from glm5.model.rotary import RotaryTable
+from glm5.model.pretrained import Progress, load_pretrained, save_pretrained
+from glm5.model.rotary import RotaryTable, rope_frequencies
 from glm5.model.transformer import Backbone
 
 IGNORED = -100
@@ -59,13 +61,66 @@ class Glm5ForCausalLM(nn.Module):
             self.model = Backbone(config)
             self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         self.to(dtype)
-        self._rotary = RotaryTable(config.qk_rope_head_dim, config.rope_theta, config.max_position_embeddings)
+        self._rotary = RotaryTable(*rope_frequencies(config), config.max_position_embeddings)
+        self.extra_config: dict = {}  # what else the config.json said that the weights came with
         self._attention = "dense"
         self._select: Callable[[Selection], torch.Tensor] | None = None
         device = torch.get_default_device() if device is None else torch.device(device)
         if device.type != "meta":
             self.to_empty(device=device)
             self.reset_parameters(seed)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        attention: str = "sparse",
+        fp8: str = "dequantize",
+        progress: Progress = lambda *_: None,
+    ) -> "Glm5ForCausalLM":
+        """The model in a Hugging Face directory of ``model_type: glm_moe_dsa``.
+
+        Args:
+            folder: has config.json and model.safetensors, or shards and model.safetensors.index.json.
+            dtype: of the parameters; None takes config.json's. The router's correction bias stays float32, and so do, beside
+                bf16, a router's or an indexer's ``weights_proj`` weight that is stored so.
+            device: where the weights go.
+            attention: the form of attention to use, "sparse" or "dense".
+            fp8: what becomes of block-scaled e4m3 weights: "dequantize" to ``dtype``, or "keep" them as they are (half the
+                memory of bf16; they are dequantised on every use and take no gradient).
+            progress: called with (numbers read, numbers in all) after each file.
+
+        Raises:
+            PretrainedError: a ValueError: the directory, its config or a file cannot be used, or tensors are missing, extra
+                or misshapen: all of them are listed.
+        """
+        return load_pretrained(cls, folder, dtype=dtype, device=device, attention=attention, fp8=fp8, progress=progress)
+
+    def save_pretrained(
+        self,
+        folder: Path | str,
+        *,
+        max_shard_bytes: int = 5_000_000_000,
+        fused_experts: bool = False,
+        progress: Progress = lambda *_: None,
+    ) -> None:
+        """Writes a directory that ``from_pretrained``, Transformers and the serving engines read. Every byte of a checkpoint
+        comes back as it was.
+
+        Args:
+            folder: made if absent; a checkpoint that is there is replaced once the new one is complete.
+            max_shard_bytes: a model that is larger becomes several files and an index.
+            fused_experts: writes the experts of a layer as two tensors, as they are in memory, instead of three an expert.
+                Faster to read here; others may not know it.
+            progress: called with (bytes written, bytes in all) after each file.
+
+        Raises:
+            OSError: the disk is full or not writable; what was there before is still there.
+        """
+        save_pretrained(self, folder, max_shard_bytes=max_shard_bytes, fused_experts=fused_experts, progress=progress)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:

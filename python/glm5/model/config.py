@@ -1,6 +1,7 @@
 """The model's shape: field names of Hugging Face's ``glm_moe_dsa``, presets, and checks that speak in those names."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
+from math import log
 
 
 @dataclass(frozen=True)
@@ -10,6 +11,13 @@ class Glm5Config:
     ``indexer_types`` is one of "full" or "shared" a layer; None derives it from ``index_topk_freq`` (f) and
     ``index_skip_topk_offset`` (o): layer i is full iff max(i - o + 1, 0) % f == 0. A shared layer has no indexer and reuses
     the indices of the nearest earlier full layer.
+
+    ``mlp_layer_types`` is one of "dense" or "sparse" (a mixture of experts) a layer; None makes the first
+    ``first_k_dense_replace`` dense. The MTP layer is always sparse.
+
+    ``rope_parameters`` has ``rope_theta`` and ``rope_type``: "default", "linear" (with ``factor``) or "yarn" (2309.00071,
+    DeepSeek's mscale; with ``factor`` and ``original_max_position_embeddings``, and where wanted ``attention_factor``,
+    ``beta_fast``, ``beta_slow``, ``mscale``, ``mscale_all_dim``, ``truncate``).
 
     Raises ValueError naming the field when a value is impossible.
     """
@@ -36,6 +44,7 @@ class Glm5Config:
     indexer_types: tuple[str, ...] | None = None
     index_share_for_mtp_iteration: bool = False
     first_k_dense_replace: int = 3
+    mlp_layer_types: tuple[str, ...] | None = None
     n_routed_experts: int = 256
     num_experts_per_tok: int = 8
     n_shared_experts: int = 1
@@ -54,7 +63,7 @@ class Glm5Config:
     eos_token_id: int | tuple[int, ...] | None = (154820, 154827, 154829)
 
     def __post_init__(self):
-        for name in ("indexer_types", "eos_token_id"):
+        for name in ("indexer_types", "mlp_layer_types", "eos_token_id"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in _POSITIVE + _NOT_NEGATIVE:
@@ -84,20 +93,30 @@ class Glm5Config:
         self._want(self.hidden_act == "silu", "hidden_act", "'silu'")
         self._want(self.rms_norm_eps > 0, "rms_norm_eps", "> 0")
         self._want(self.initializer_range > 0, "initializer_range", "> 0")
-        self._want(
-            self.rope_parameters.get("rope_type", "default") == "default"
-            and isinstance(self.rope_parameters.get("rope_theta"), int | float)
-            and self.rope_parameters["rope_theta"] > 0,
-            "rope_parameters",
-            "rope_type 'default' and a rope_theta > 0 (GLM-5 uses no rope scaling)",
-        )
+        self._check_rope()
         if self.indexer_types is not None:
             self._want(
                 len(self.indexer_types) == self.num_hidden_layers and set(self.indexer_types) <= {"full", "shared"},
                 "indexer_types",
                 "'full' or 'shared' for each of num_hidden_layers layers",
             )
+        if self.mlp_layer_types is not None:
+            self._want(
+                len(self.mlp_layer_types) == self.num_hidden_layers and set(self.mlp_layer_types) <= {"dense", "sparse"},
+                "mlp_layer_types",
+                "'dense' or 'sparse' for each of num_hidden_layers layers",
+            )
         self._want(self.layer_indexers[0] == "full", "indexer_types", "a first layer that is 'full'")
+
+    def _check_rope(self) -> None:
+        rope = self.rope_parameters
+        kind = rope.get("rope_type", "default")
+        self._want(kind in _ROPE_KEYS, "rope_parameters", f"a rope_type of {', '.join(_ROPE_KEYS)}")
+        needed, optional = _ROPE_KEYS[kind]
+        missing = [k for k in ("rope_theta", *needed) if not isinstance(rope.get(k), int | float) or rope[k] <= 0]
+        self._want(not missing, "rope_parameters", f"a number > 0 for {', '.join(missing)} with rope_type {kind!r}")
+        unknown = sorted(set(rope) - {"rope_type", "rope_theta", *needed, *optional})
+        self._want(not unknown, "rope_parameters", f"no {', '.join(unknown)} with rope_type {kind!r}")
 
     def _want(self, holds: bool, name: str, wanted: str) -> None:
         if not holds:
@@ -110,6 +129,13 @@ class Glm5Config:
             return self.indexer_types
         freq, offset = self.index_topk_freq, self.index_skip_topk_offset
         return tuple("shared" if max(i - offset + 1, 0) % freq else "full" for i in range(self.num_hidden_layers))
+
+    @property
+    def layer_mlps(self) -> tuple[str, ...]:
+        """ "dense" or "sparse" for each layer."""
+        if self.mlp_layer_types is not None:
+            return self.mlp_layer_types
+        return tuple("dense" if i < self.first_k_dense_replace else "sparse" for i in range(self.num_hidden_layers))
 
     @property
     def qk_head_dim(self) -> int:
@@ -125,6 +151,13 @@ class Glm5Config:
     def rope_theta(self) -> float:
         """Base of the rotary frequencies."""
         return float(self.rope_parameters["rope_theta"])
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor on attention scores: qk_head_dim**-0.5, times mscale squared under yarn with mscale_all_dim."""
+        rope = self.rope_parameters
+        all_dim = rope.get("mscale_all_dim") if rope.get("rope_type", "default") != "default" else None
+        return self.qk_head_dim**-0.5 * (yarn_mscale(rope["factor"], all_dim) ** 2 if all_dim else 1.0)
 
     def to_dict(self) -> dict:
         """The fields as JSON can hold them."""
@@ -151,6 +184,22 @@ class Glm5Config:
 
 # What a value of a field's type must be an instance of, and how to ask for it.
 _KINDS = {float: ((float, int), "a number"), bool: (bool, "true or false"), str: (str, "a string"), dict: (dict, "a table")}
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """By how much yarn sharpens attention when it stretches the positions by ``factor``: 0.1 mscale ln(factor) + 1."""
+    return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
+
+
+# rope_type -> (the keys it needs, the keys it may have), beside rope_theta.
+_ROPE_KEYS = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+
 _POSITIVE = (
     "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim index_n_heads index_head_dim "

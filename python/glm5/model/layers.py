@@ -19,6 +19,10 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
+    def full_weight(self) -> torch.Tensor:
+        """[out, in]: for those who use the weight otherwise than by ``forward``."""
+        return self.weight
+
     def forward(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         return ops.linear(x, self.weight, self.bias, out_dtype)
 
@@ -88,7 +92,8 @@ class Router(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, H] -> weights [T, topk] float32, ids [T, topk] int32."""
         c = self.config
-        logits = ops.linear(x, self.weight, None, at_least_float32(x))
+        # A checkpoint may hold this weight in float32 beside bf16 ones.
+        logits = ops.linear(x.to(self.weight.dtype), self.weight, None, at_least_float32(x))
         bias = self.e_score_correction_bias
         if bias.dtype != logits.dtype:
             bias = bias.to(logits.dtype)

@@ -67,8 +67,8 @@ class Backbone(nn.Module):
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         layers = [
-            DecoderLayer(config, i, has_indexer=kind == "full", dense=i < config.first_k_dense_replace)
-            for i, kind in enumerate(config.layer_indexers)
+            DecoderLayer(config, i, has_indexer=indexer == "full", dense=mlp == "dense")
+            for i, (indexer, mlp) in enumerate(zip(config.layer_indexers, config.layer_mlps, strict=True))
         ]
         self.layers = nn.ModuleList([*layers, MtpLayer(config)] if config.num_nextn_predict_layers else layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

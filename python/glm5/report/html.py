@@ -4,7 +4,7 @@ import json
 from html import escape
 from pathlib import Path
 
-from glm5.data.files import write_atomically
+from glm5._files import write_atomically
 from glm5.report.chart import line_chart
 from glm5.report.table import Row, summary_rows
 

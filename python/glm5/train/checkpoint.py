@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
-from glm5.data.files import TEMPORARY, sync_folder, write_synced
+from glm5._files import TEMPORARY, sync_folder, write_synced
 
 _MANIFEST = "manifest.json"
 

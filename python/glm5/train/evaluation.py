@@ -5,8 +5,8 @@ An evaluation is a function of the weights at the end of its stage, so a resumed
 
 import json
 
+from glm5._files import write_atomically
 from glm5.data import ByteTokenizer
-from glm5.data.files import write_atomically
 from glm5.model.selection import last_keys, random_keys
 from glm5.train.validation import batches, indexer_kl, language_loss, selection_recall
 

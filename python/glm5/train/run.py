@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from glm5._files import write_atomically
 from glm5.data import ByteTokenizer, PackedDataset, python_stdlib
-from glm5.data.files import write_atomically
 from glm5.recipes import Recipe, RecipeError, load_recipe
 from glm5.recipes.load import to_toml
 from glm5.train.checkpoint import CheckpointStore, Manifest

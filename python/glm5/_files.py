@@ -14,6 +14,12 @@ def write_synced(path: Path, raw: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def sync_file(path: Path) -> None:
+    """Flushes what another writer put into `path`."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(path: Path) -> None:
     """Flushes the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,0 +1,491 @@
+"""Hugging Face directories: what is written is read back to the byte, and what does not fit is listed."""
+
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from glm5 import Glm5Config, Glm5ForCausalLM
+from glm5.model.fp8 import Fp8Experts, Fp8Linear, dequantize_fp8, quantize_fp8
+from glm5.model.hf_config import config_from_hf, config_to_hf
+from glm5.model.pretrained import PretrainedError, checkpoint_views
+from glm5.model.safetensors_folder import CheckpointFilesError, SafetensorsFolder, TensorToWrite, write_safetensors
+from tests.model import shapes
+
+
+def randomized(dtype=torch.float32, seed=0, **changes) -> Glm5ForCausalLM:
+    """A small model in which no parameter has a value of its own making."""
+    model = shapes.model("sparse", dtype, **changes)
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in model.state_dict().values():
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
+    return model
+
+
+def assert_same(a: Glm5ForCausalLM, b: Glm5ForCausalLM) -> None:
+    spelt_out = [replace(c, indexer_types=c.layer_indexers, mlp_layer_types=c.layer_mlps) for c in (a.config, b.config)]
+    assert spelt_out[0] == spelt_out[1]
+    left, right = a.state_dict(), b.state_dict()
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype, name
+        assert torch.equal(left[name].view(torch.uint8), right[name].view(torch.uint8)), name
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+CONFIGS = {
+    "plain": {},
+    "without MTP": {"num_nextn_predict_layers": 0},
+    "tied": {"tie_word_embeddings": True},
+    "attention bias": {"attention_bias": True},
+    "no shared expert": {"n_shared_experts": 0},
+    "two shared experts": {"n_shared_experts": 2},
+    "groups": {"n_group": 3, "topk_group": 2, "norm_topk_prob": False},
+    "IndexShare": {"indexer_types": ("full", "shared", "full")},
+    "sparse first": {"mlp_layer_types": ("sparse", "dense", "sparse"), "first_k_dense_replace": 1},
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 512,
+            "mscale_all_dim": 1.0,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["per expert", "fused"])
+@pytest.mark.parametrize("shard", [10**9, 20_000], ids=["one file", "shards"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_round_trip_keeps_every_byte(tmp_path, name, shard, fused):
+    model = randomized(**CONFIGS[name])
+    model.save_pretrained(tmp_path / "a", max_shard_bytes=shard, fused_experts=fused)
+    again = Glm5ForCausalLM.from_pretrained(tmp_path / "a")
+    assert_same(model, again)
+    assert again.attention == "sparse"
+    again.save_pretrained(tmp_path / "b", max_shard_bytes=shard, fused_experts=fused)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert ("model.safetensors" in contents(tmp_path / "a")) == (shard == 10**9)
+
+
+def test_experts_are_written_one_by_one_gate_and_up_apart(tmp_path):
+    model = randomized()
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    experts = model.model.layers[1].mlp.experts
+    width = model.config.moe_intermediate_size
+    for k in range(model.config.n_routed_experts):
+        prefix = f"model.layers.1.mlp.experts.{k}."
+        assert torch.equal(stored[prefix + "gate_proj.weight"], experts.gate_up_proj[k, :width])
+        assert torch.equal(stored[prefix + "up_proj.weight"], experts.gate_up_proj[k, width:])
+        assert torch.equal(stored[prefix + "down_proj.weight"], experts.down_proj[k])
+    assert not any("gate_up_proj" in name for name in stored)
+
+
+def test_dtypes(tmp_path):
+    model = randomized(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
+    assert stored["lm_head.weight"].dtype == torch.bfloat16
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert_same(model, Glm5ForCausalLM.from_pretrained(tmp_path))
+    wide = Glm5ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert wide.lm_head.weight.dtype == torch.float32 and torch.equal(wide.lm_head.weight, model.lm_head.weight.float())
+
+
+def test_float32_router_and_indexer_weights_stay_beside_bf16(tmp_path):
+    model = randomized(torch.bfloat16)
+    for layer in model.model.layers:
+        layer.self_attn.indexer.weights_proj.float()
+    for moe in model.moe_layers():
+        moe.gate.weight.data = moe.gate.weight.data.float() + 1e-5
+    model.save_pretrained(tmp_path)
+    again = Glm5ForCausalLM.from_pretrained(tmp_path)
+    assert_same(model, again)
+    ids = shapes.random_tokens(1, 40)
+    assert torch.equal(model(ids, mtp_depth=1).logits, again(ids).logits)
+
+
+def test_other_keys_of_the_config_come_back(tmp_path):
+    model = randomized()
+    model.extra_config = {"architectures": ["Other"], "transformers_version": "5.0", "_name": {"a": [1]}}
+    model.save_pretrained(tmp_path)
+    again = Glm5ForCausalLM.from_pretrained(tmp_path)
+    assert again.extra_config == model.extra_config | {"model_type": "glm_moe_dsa", "dtype": "float32"}
+
+
+# ---- config.json in its several forms
+
+
+GLM_5 = """{"architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa", "dtype": "bfloat16",
+"vocab_size": 154880, "hidden_size": 6144, "num_hidden_layers": 78, "num_nextn_predict_layers": 1, "num_attention_heads": 64,
+"num_key_value_heads": 64, "head_dim": 64, "q_lora_rank": 2048, "kv_lora_rank": 512, "qk_nope_head_dim": 192,
+"qk_rope_head_dim": 64, "qk_head_dim": 256, "v_head_dim": 256, "index_n_heads": 32, "index_head_dim": 128,
+"index_topk": 2048, "indexer_rope_interleave": true, "rope_interleave": true, "max_position_embeddings": 202752,
+"rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}, "hidden_act": "silu", "intermediate_size": 12288,
+"moe_intermediate_size": 2048, "n_routed_experts": 256, "num_experts_per_tok": 8, "n_shared_experts": 1,
+"first_k_dense_replace": 3, "moe_layer_freq": 1, "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc",
+"scoring_func": "sigmoid", "norm_topk_prob": true, "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-05,
+"attention_bias": false, "attention_dropout": 0.0, "initializer_range": 0.02, "tie_word_embeddings": false,
+"eos_token_id": [154820, 154827, 154829], "ep_size": 1, "pretraining_tp": 1, "use_cache": true}"""
+
+
+def test_glm_5_config_is_the_preset():
+    config, extra = config_from_hf(json.loads(GLM_5) | {"bos_token_id": None})
+    assert config == Glm5Config.preset("glm-5")
+    assert extra["pretraining_tp"] == 1 and "hidden_size" not in extra
+
+
+def test_glm_5_2_config_is_the_preset():
+    values = json.loads(GLM_5) | {
+        "index_topk_freq": 4,
+        "index_skip_topk_offset": 3,
+        "index_topk_pattern": None,
+        "index_share_for_mtp_iteration": True,
+        "max_position_embeddings": 1048576,
+        "rope_parameters": {"rope_theta": 8e6, "rope_type": "default"},
+        "head_dim": 192,
+        "bos_token_id": None,
+    }
+    assert config_from_hf(values)[0] == Glm5Config.preset("glm-5.2")
+    kinds = list(Glm5Config.preset("glm-5.2").layer_indexers)
+    assert config_from_hf(values | {"indexer_types": kinds})[0].layer_indexers == tuple(kinds)
+    letters = "".join(kind[0].upper() for kind in kinds)
+    assert config_from_hf(values | {"index_topk_pattern": letters, "index_topk_freq": 1})[0].layer_indexers == tuple(kinds)
+    assert config_from_hf(values | {"index_topk_pattern": kinds, "index_topk_freq": 1})[0].layer_indexers == tuple(kinds)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_survives_its_hugging_face_form(name):
+    config = shapes.config(**CONFIGS[name])
+    again, _ = config_from_hf(json.loads(json.dumps(config_to_hf(config, {}))))
+    assert again.layer_indexers == config.layer_indexers and again.layer_mlps == config.layer_mlps
+    assert again == shapes.config(
+        **CONFIGS[name] | {"indexer_types": config.layer_indexers, "mlp_layer_types": config.layer_mlps}
+    )
+
+
+def test_older_and_absent_keys():
+    config, _ = config_from_hf({"rope_theta": 5e5, "first_k_dense_replace": 9, "num_hidden_layers": 2, "num_experts": 16})
+    assert config.rope_theta == 5e5 and config.layer_mlps == ("dense", "dense") and config.n_routed_experts == 16
+    assert (config.bos_token_id, config.eos_token_id, config.num_nextn_predict_layers) == (0, 1, 0)
+    assert config_from_hf({})[0].rope_theta == 1e4
+    scaled = {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 1e4, "max_position_embeddings": 4096}
+    rope = config_from_hf(scaled)[0].rope_parameters
+    assert rope == {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', want 'glm_moe_dsa'"),
+        ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"indexer_rope_interleave": False}, "indexer_rope_interleave is False"),
+        ({"indexer_types": None, "index_topk_pattern": "FXS"}, "index_topk_pattern is 'FXS'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2}}, "rope_parameters is .* want a rope_type of"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "want a number > 0 for factor"),
+        ({"mlp_layer_types": ["dense"]}, "mlp_layer_types is"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ],
+)
+def test_configs_that_cannot_be_followed_are_named(tmp_path, change, words):
+    randomized().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(PretrainedError, match=words):
+        Glm5ForCausalLM.from_pretrained(tmp_path)
+
+
+# ---- what does not fit
+
+
+def test_everything_that_does_not_fit_is_in_one_error(tmp_path):
+    randomized().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.self_attn.q_a_proj.weight"], tensors["model.layers.2.mlp.experts.3.up_proj.weight"]
+    tensors["model.layers.0.rotary_emb.inv_freq"] = torch.zeros(4)
+    tensors["lm_head.weight"] = torch.zeros(3, 5)
+    tensors["model.norm.weight"] = torch.zeros(48, dtype=torch.int64)
+    save_file(tensors, file)
+    with pytest.raises(PretrainedError) as caught:
+        Glm5ForCausalLM.from_pretrained(tmp_path)
+    message = str(caught.value)
+    for words in (
+        "model.layers.0.self_attn.q_a_proj.weight is missing",
+        "model.layers.2.mlp.experts.3.up_proj.weight is missing",
+        "model.layers.0.rotary_emb.inv_freq is in model.safetensors and not in the model",
+        "lm_head.weight has shape [3, 5], want [96, 48]",
+        "model.norm.weight has dtype torch.int64",
+    ):
+        assert words in message
+    assert message.count("\n") == 5
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(PretrainedError, match="config.json cannot be read: No such file"):
+        Glm5ForCausalLM.from_pretrained(tmp_path)
+    randomized().save_pretrained(tmp_path, max_shard_bytes=50_000)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    whole = shards[1].read_bytes()
+    shards[1].write_bytes(whole[:-10])
+    with pytest.raises(CheckpointFilesError, match=f"{shards[1].name} is damaged"):
+        Glm5ForCausalLM.from_pretrained(tmp_path)
+    shards[1].unlink()
+    with pytest.raises(CheckpointFilesError, match=f"{shards[1].name} is missing; model.safetensors.index.json names it"):
+        Glm5ForCausalLM.from_pretrained(tmp_path)
+    shards[1].write_bytes(whole)
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": weight_map | {"model.extra": shards[0].name}}))
+    with pytest.raises(CheckpointFilesError, match="names tensors that are not there: model.extra"):
+        Glm5ForCausalLM.from_pretrained(tmp_path)
+    index.write_text("{")
+    with pytest.raises(CheckpointFilesError, match="index.json is damaged"):
+        Glm5ForCausalLM.from_pretrained(tmp_path)
+    index.unlink()
+    with pytest.raises(CheckpointFilesError, match="has neither model.safetensors nor"):
+        Glm5ForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(PretrainedError, match="config.json is not JSON: not an object"):
+        Glm5ForCausalLM.from_pretrained(tmp_path)
+
+
+def test_unknown_options():
+    with pytest.raises(ValueError, match="fp8 is 'int4'"):
+        Glm5ForCausalLM.from_pretrained("nowhere", fp8="int4")
+
+
+def test_an_mtp_layer_that_was_dropped_is_told_of(tmp_path):
+    randomized().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if not n.startswith("model.layers.3.")}, file)
+    with pytest.warns(UserWarning, match="layer 3 has no tensors; the model has no MTP layer"):
+        model = Glm5ForCausalLM.from_pretrained(tmp_path)
+    assert model.model.mtp is None
+
+
+def test_repeated_embeddings_and_heads_must_be_the_shared_ones(tmp_path):
+    model = randomized()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.3.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.3.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, file)
+    assert_same(model, Glm5ForCausalLM.from_pretrained(tmp_path))
+    tensors["model.layers.3.shared_head.head.weight"][3, 4] += 1
+    save_file(tensors, file)
+    with pytest.raises(PretrainedError, match="shared_head.head.weight differs from lm_head.weight"):
+        Glm5ForCausalLM.from_pretrained(tmp_path)
+
+
+# ---- FP8
+
+# Not multiples of 128, and more than one block.
+FP8_SHAPES = dict(hidden_size=136, intermediate_size=264, moe_intermediate_size=136, q_lora_rank=144, kv_lora_rank=136)
+
+
+def fp8_folder(folder: Path, dtype=torch.bfloat16) -> Glm5ForCausalLM:
+    """Writes a checkpoint whose attention and MLP weights are FP8; returns the model of their dequantised values."""
+    model = randomized(dtype, **FP8_SHAPES)
+    model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    views = checkpoint_views(model)
+    for name in list(tensors):
+        if name.endswith("_proj.weight") and "weights_proj" not in name or name.endswith(("wq_b.weight", "wk.weight")):
+            weight, scale = quantize_fp8(tensors[name])
+            tensors[name], tensors[name + "_scale_inv"] = weight, scale
+            views[name].copy_(dequantize_fp8(weight, scale, dtype))
+    save_file(tensors, file)
+    path = folder / "config.json"
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
+    return model
+
+
+def test_fp8_weights_are_dequantised(tmp_path):
+    want = fp8_folder(tmp_path)
+    got = Glm5ForCausalLM.from_pretrained(tmp_path)
+    assert_same(got, want)
+    assert "quantization_config" not in got.extra_config
+
+
+def test_fp8_weights_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("glm5.model.fp8._told", False)
+    want = fp8_folder(tmp_path / "a")
+    got = Glm5ForCausalLM.from_pretrained(tmp_path / "a", fp8="keep")
+    attention, moe = got.model.layers[1].self_attn, got.model.layers[1].mlp
+    assert isinstance(attention.kv_b_proj, Fp8Linear) and isinstance(moe.experts, Fp8Experts)
+    ids = shapes.random_tokens(2, 30)
+    with pytest.warns(UserWarning, match="dequantised on every use") as told:
+        got(ids)
+    assert len(told) == 1
+    for form in ("sparse", "dense"):
+        got.attention = want.attention = form
+        assert torch.equal(got(ids, mtp_depth=2).mtp_logits[1], want(ids, mtp_depth=2).mtp_logits[1])
+    got.attention = "sparse"
+    got.save_pretrained(tmp_path / "b")
+    first, second = (SafetensorsFolder(tmp_path / x) for x in "ab")
+    with first, second:
+        assert first.tensors == second.tensors
+        for name in first.tensors:
+            assert torch.equal(first.read(name).view(torch.uint8), second.read(name).view(torch.uint8))
+    assert json.loads((tmp_path / "b/config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
+
+
+@pytest.mark.filterwarnings("ignore:FP8 weights are dequantised on every use")
+def test_casting_a_model_leaves_its_fp8_weights(tmp_path):
+    fp8_folder(tmp_path)
+    model = Glm5ForCausalLM.from_pretrained(tmp_path, fp8="keep")
+    linear = model.model.layers[1].self_attn.o_proj
+    before = linear.weight.view(torch.uint8).clone(), linear.weight_scale_inv.clone()
+    model.float()
+    assert torch.equal(linear.weight.view(torch.uint8), before[0]) and torch.equal(linear.weight_scale_inv, before[1])
+    assert linear.weight_scale_inv.dtype == torch.float32 and linear.full_weight().dtype == torch.float32
+    assert model(shapes.random_tokens(1, 8)).logits.isfinite().all()
+    model.bfloat16()
+    assert torch.equal(linear.weight_scale_inv, before[1]) and linear.full_weight().dtype == torch.bfloat16
+
+
+def test_fp8_scales_that_do_not_fit_are_listed(tmp_path):
+    fp8_folder(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
+    name = "model.layers.1.mlp.experts.2.down_proj.weight_scale_inv"
+    tensors[name] = tensors[name][:1]
+    tensors["model.norm.weight_scale_inv"] = torch.ones(1)
+    save_file(tensors, file)
+    for fp8 in ("dequantize", "keep"):
+        with pytest.raises(PretrainedError) as caught:
+            Glm5ForCausalLM.from_pretrained(tmp_path, fp8=fp8)
+        assert "up_proj.weight_scale_inv is missing" in str(caught.value)
+        assert f"{name} is torch.float32 [1, 2], want torch.float32 [2, 2]" in str(caught.value)
+        assert "model.norm.weight_scale_inv is in model.safetensors and not in the model" in str(caught.value)
+
+
+def test_other_quantisations_are_refused(tmp_path):
+    fp8_folder(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    for quantization in ({"quant_method": "gptq"}, {"quant_method": "fp8", "weight_block_size": [64, 64]}):
+        path.write_text(json.dumps(values | {"quantization_config": quantization}))
+        with pytest.raises(PretrainedError, match="quantization_config has quant_method"):
+            Glm5ForCausalLM.from_pretrained(tmp_path)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.floats(1e-6, 1e6), st.integers(0, 2**32))
+def test_fp8_quantisation_errs_by_at_most_half_a_step_of_its_block(rows, columns, size, seed):
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * size
+    weight[:, 0] = 0
+    quantised, scale = quantize_fp8(weight)
+    error = (dequantize_fp8(quantised, scale, torch.float32) - weight).abs()
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            block = slice(i * 128, (i + 1) * 128), slice(j * 128, (j + 1) * 128)
+            # e4m3 has 3 bits of mantissa, and steps of 2^-9 below 2^-6.
+            allowed = torch.maximum(weight[block].abs() * 2.0**-4, scale[i, j] * 2.0**-10) * 1.001
+            assert (error[block] <= allowed).all()
+
+
+# ---- files
+
+
+def number(value: float) -> dict[str, TensorToWrite]:
+    return {n: TensorToWrite((4,), torch.float32, lambda v=v: torch.full((4,), v)) for n, v in (("a", value), ("b", -value))}
+
+
+def stored_number(folder: Path) -> float:
+    with SafetensorsFolder(folder) as stored:
+        a, b = stored.read("a")[0].item(), stored.read("b")[0].item()
+    assert a == -b
+    return a
+
+
+@pytest.mark.parametrize("before", [10**9, 16], ids=["one file", "shards"])
+@pytest.mark.parametrize("after", [10**9, 16], ids=["one file", "shards"])
+def test_a_write_that_stops_anywhere_leaves_the_old_checkpoint_or_the_new_one(tmp_path, monkeypatch, before, after):
+    class Stop(BaseException):
+        pass
+
+    seen = set()
+    for stop_at in range(12):
+        folder = tmp_path / str(stop_at)
+        write_safetensors(folder, number(1.0), before)
+        count = 0
+
+        def stopping(real, stop_at=stop_at):
+            def call(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count > stop_at:
+                    raise Stop
+                return real(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("rename", "unlink"):
+                patch.setattr(Path, name, stopping(getattr(Path, name)))
+            try:
+                write_safetensors(folder, number(2.0), after)
+            except Stop:
+                pass
+        seen.add(stored_number(folder))
+        write_safetensors(folder, number(3.0), after)
+        assert stored_number(folder) == 3.0
+        names = {p.name for p in folder.iterdir() if p.suffix == ".safetensors"}
+        assert len(names) == (1 if after > 16 else 2)
+    assert seen == {1.0, 2.0}
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    write_safetensors(tmp_path, number(1.0), 10**9)
+    before = contents(tmp_path)
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("glm5.model.safetensors_folder.save_file", full)
+    with pytest.raises(OSError, match="cannot write .*model.safetensors: .*No space left"):
+        write_safetensors(tmp_path, number(2.0), 10**9)
+    assert contents(tmp_path) == before
+
+
+def test_progress_and_shard_sizes(tmp_path):
+    told = []
+    tensors = {f"t{i}": TensorToWrite((n,), torch.float32, lambda n=n: torch.zeros(n)) for i, n in enumerate([4, 4, 9, 2])}
+    write_safetensors(tmp_path, tensors, 32, lambda done, total: told.append((done, total)))
+    assert told == [(32, 76), (68, 76), (76, 76)]
+    with pytest.raises(ValueError, match="max_shard_bytes is 0"):
+        write_safetensors(tmp_path, tensors, 0)
+
+
+def test_dtypes_that_torch_does_not_have_are_named(tmp_path):
+    randomized().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    raw = file.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    entry = header["model.norm.weight"]
+    entry["dtype"], entry["shape"] = "U16", [96]  # the same bytes
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+    with pytest.raises(PretrainedError, match="model.norm.weight has shape"):
+        Glm5ForCausalLM.from_pretrained(tmp_path)
