@@ -62,6 +62,7 @@ class Pass:
     collect: bool = False
     reuse_indices: bool = False  # a later MTP iteration that shares the first one's indices
     # left behind
+    hidden: list[torch.Tensor] | None = None  # [T, H] before each layer, where wanted
     indices: torch.Tensor | None = None  # of the last full layer
     indexed: tuple | None = None  # (q, k, weights) of the last full layer's indexer
     kl: list[torch.Tensor] = field(default_factory=list)  # [T] a layer

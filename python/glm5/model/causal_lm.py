@@ -15,6 +15,7 @@ from torch import nn
 
 from glm5 import ops
 from glm5.model.attention import Pass, Selection
+from glm5.model.batches import flat_rows
 from glm5.model.cache import LatentCache
 from glm5.model.config import Glm5Config
 from glm5.model.generation import generate
@@ -28,10 +29,19 @@ IGNORED = -100
 
 @dataclass
 class CausalLMOutput:
-    """logits [B, T, V], at least float32; mtp_logits [d - 1] [B, T, V] lead from row t to token t + d + 1."""
+    """What ``Glm5ForCausalLM`` returns.
+
+    Attributes:
+        logits: [B, T, V], at least float32.
+        mtp_logits: [d - 1] [B, T, V] lead from row t to token t + d + 1.
+        loss: mean nats a target, scalar, when there were labels.
+        hidden_states: [B, T, H] of the embedding and after each layer, the last after the final norm, when asked for.
+    """
 
     logits: torch.Tensor
     mtp_logits: list[torch.Tensor] = field(default_factory=list)
+    loss: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class Glm5ForCausalLM(nn.Module):
@@ -175,19 +185,48 @@ class Glm5ForCausalLM(nn.Module):
 
     # ---- forward
 
-    def forward(self, input_ids: torch.Tensor, *, mtp_depth: int = 0) -> CausalLMOutput:
-        """input_ids [B, T] int -> logits [B, T, V]; every sequence starts at position 0 and sees itself alone."""
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        mtp_depth: int = 0,
+        output_hidden_states: bool = False,
+    ) -> CausalLMOutput:
+        """Logits of a rectangular batch; the arguments mean what they mean in Transformers.
+
+        Args:
+            input_ids: int [B, T].
+            attention_mask: [B, T], 0 for padding, at either end of a sequence. A padded row attends to nothing; its logits
+                mean nothing.
+            position_ids: int [B, T] or [1, T]; None counts columns from 0, padding included. Without an attention_mask, a
+                step other than +1 begins another document, which sees itself alone.
+            labels: int [B, T], -100 where ignored: labels[:, t + 1] is the target of row t.
+            mtp_depth: how many times the MTP layer is unrolled.
+            output_hidden_states: whether to return them.
+
+        Raises:
+            ValueError: wrong shapes, padding between tokens, a token, label or position out of range.
+        """
         if input_ids.dim() != 2:
             raise ValueError(f"Glm5ForCausalLM: input_ids has shape {list(input_ids.shape)}, want [batch, time]")
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(f"Glm5ForCausalLM: labels has shape {list(labels.shape)}, want {list(input_ids.shape)}")
         batch, time = input_ids.shape
         tokens = input_ids.reshape(-1)
-        row = torch.arange(batch * time, device=tokens.device)
-        start = torch.arange(batch, device=tokens.device).repeat_interleave(time) * time
-        run = self._begin(row - start, start, row + 1)
+        run = self._begin(*flat_rows(batch, time, attention_mask, position_ids, tokens.device))
+        run.hidden = [] if output_hidden_states else None
         hidden = self.model(tokens, run)
+        layers = None if run.hidden is None else tuple(h.view(batch, time, -1) for h in (*run.hidden, hidden))
         mtp = self._mtp(tokens, hidden, run, mtp_depth)
         logits = [self.logits(h).view(batch, time, -1) for h in (hidden, *mtp)]
-        return CausalLMOutput(logits[0], logits[1:])
+        loss = None
+        if labels is not None:
+            shifted = torch.nn.functional.pad(labels[:, 1:].long(), (0, 1), value=IGNORED)
+            loss = self._mean_nats(hidden, shifted.reshape(-1))[0]
+        return CausalLMOutput(logits[0], logits[1:], loss, layers)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [T, H] -> [T, V], at least float32."""

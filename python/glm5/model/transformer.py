@@ -82,6 +82,8 @@ class Backbone(nn.Module):
         """tokens [T] -> hidden [T, H] after the final norm."""
         x = self.embed_tokens(tokens)
         for layer in self.layers[: self.config.num_hidden_layers]:
+            if run.hidden is not None:
+                run.hidden.append(x)
             x = layer(x, run)
         return self.norm(x)
 
