@@ -19,41 +19,11 @@ from tests.model import shapes  # noqa: E402
 from tests.model import transformers_models as tm  # noqa: E402
 
 CONFIG = pytest.mark.parametrize("name", tm.CONFIGS)
-CLEAR = 1e-5  # a boundary between the last score chosen and the best one left out
 
 
 def both(tmp_path, name="plain", **changes):
     model = tm.theirs(**tm.CONFIGS[name] | changes)
     return model, tm.ours(model, tmp_path)
-
-
-class TheirChoice:
-    """Gives our layers the index sets that Transformers' chose, after comparing them with our own."""
-
-    def __init__(self, record, batch: int, time: int, real: torch.Tensor):
-        self.record, self.batch, self.time, self.real = record, batch, time, real
-        self.compared = 0
-
-    def __call__(self, selection):
-        scores, chosen = (
-            torch.cat([torch.nn.functional.pad(part, (0, self.time - part.shape[-1]), value=fill) for part in parts], 1)
-            for parts, fill in (
-                (self.record["scores"][selection.layer], float("-inf")),
-                (self.record["indices"][selection.layer], 2**30),
-            )
-        )
-        start = torch.arange(self.batch)[:, None, None] * self.time
-        chosen = (chosen.long() + start).reshape(self.batch * self.time, -1)
-        want = tm.visible_indices(chosen, selection.ks, selection.ke, selection.indices.shape[1])
-        want = want[:, : selection.indices.shape[1]]
-        ranked = scores.reshape(self.batch * self.time, -1).sort(1, descending=True).values
-        k = min(selection.topk, self.time)
-        seen = selection.ke - selection.ks
-        margin = ranked[:, k - 1] - ranked[:, min(k, self.time - 1)]
-        clear = self.real & ((seen <= k) | (margin > CLEAR))
-        assert torch.equal(selection.indices[clear], want[clear])
-        self.compared += int((clear & (seen > k)).sum())
-        return torch.where(self.real[:, None], want, selection.indices)
 
 
 def compare(model, mine, ids, real=None, **inputs):
@@ -62,7 +32,7 @@ def compare(model, mine, ids, real=None, **inputs):
     real = torch.ones(batch * time, dtype=torch.bool) if real is None else real.reshape(-1)
     with torch.no_grad(), tm.recorded(model) as record:
         want = model(ids, output_hidden_states=True, **inputs)
-    choice = TheirChoice(record, batch, time, real)
+    choice = tm.TheirChoice(record, batch, time, real)
     routed = {}
     handles = [
         layer.mlp.gate.register_forward_hook(lambda module, args, out, i=i: routed.update({i: out}))
@@ -144,7 +114,7 @@ def test_chunked_prefill(tmp_path, name):
             out = model(chunk, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             parts.append(out.logits)
-    choice = TheirChoice(record, 2, 60, torch.ones(120, dtype=torch.bool))
+    choice = tm.TheirChoice(record, 2, 60, torch.ones(120, dtype=torch.bool))
     with torch.no_grad(), mine.selecting(choice):
         close(mine(ids).logits, torch.cat(parts, 1), choice.real)
 
@@ -178,7 +148,7 @@ def test_loss_and_gradients(tmp_path, name):
     with tm.recorded(model) as record:
         want = model(ids, labels=labels).loss
     want.backward()
-    with mine.selecting(TheirChoice(record, 2, 50, torch.ones(100, dtype=torch.bool))):
+    with mine.selecting(tm.TheirChoice(record, 2, 50, torch.ones(100, dtype=torch.bool))):
         got = mine(ids, labels=labels).loss
     got.backward()
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

@@ -140,6 +140,38 @@ def recorded(model: GlmMoeDsaForCausalLM):
             undo()
 
 
+CLEAR = 1e-5  # a boundary between the last score chosen and the best one left out
+
+
+class TheirChoice:
+    """Gives our layers the index sets that Transformers' chose, after comparing them with our own."""
+
+    def __init__(self, record, batch: int, time: int, real: torch.Tensor):
+        self.record, self.batch, self.time, self.real = record, batch, time, real
+        self.compared = 0
+
+    def __call__(self, selection):
+        scores, chosen = (
+            torch.cat([torch.nn.functional.pad(part, (0, self.time - part.shape[-1]), value=fill) for part in parts], 1)
+            for parts, fill in (
+                (self.record["scores"][selection.layer], float("-inf")),
+                (self.record["indices"][selection.layer], 2**30),
+            )
+        )
+        start = torch.arange(self.batch)[:, None, None] * self.time
+        chosen = (chosen.long() + start).reshape(self.batch * self.time, -1)
+        want = visible_indices(chosen, selection.ks, selection.ke, selection.indices.shape[1])
+        want = want[:, : selection.indices.shape[1]]
+        ranked = scores.reshape(self.batch * self.time, -1).sort(1, descending=True).values
+        k = min(selection.topk, self.time)
+        seen = selection.ke - selection.ks
+        margin = ranked[:, k - 1] - ranked[:, min(k, self.time - 1)]
+        clear = self.real & ((seen <= k) | (margin > CLEAR))
+        assert torch.equal(selection.indices[clear], want[clear])
+        self.compared += int((clear & (seen > k)).sum())
+        return torch.where(self.real[:, None], want, selection.indices)
+
+
 def visible_indices(chosen: torch.Tensor, ks: torch.Tensor, ke: torch.Tensor, width: int) -> torch.Tensor:
     """Transformers' indices [T, k] as ours: only those in [ks, ke), ascending, -1 padded to ``width``."""
     seen = (chosen >= ks[:, None]) & (chosen < ke[:, None])

@@ -19,6 +19,56 @@ from glm5.model.layers import LayerNorm, Linear, RMSNorm, at_least_float32
 LATENT_EPS = 1e-6
 
 
+# How many (row, head) pairs of queries are in latent form at once where no gradient is wanted: 75 MB at 576 in float32.
+_PAIRS = 32768
+
+
+def latent_attention(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    indices: torch.Tensor,
+    kv_b_weight: torch.Tensor,
+    scale: float,
+    whole: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Sparse attention with the key and value up-projections absorbed into query and output (DeepSeek-V2, section 2.1.2).
+
+    Args:
+        q_nope, q_rope: [T, heads, nope], [T, heads, rope]: the queries, the second rotated.
+        latent: [Tk, kv_lora + rope]: normed latent rows beside rotated keys.
+        indices: int32 [T, topk], ascending, -1 padded.
+        kv_b_weight: [heads * (nope + v), kv_lora].
+        scale: on the scores.
+        whole: whether to return more than ``out``. Where that and gradients are not wanted, rows are taken in parts, which
+            changes no bit and keeps the wide latent queries small.
+
+    Returns:
+        out [T, heads, v]; and, if ``whole``, the latent queries [T, heads, kv_lora + rope] and lse [T, heads], else None.
+    """
+    rows, heads, nope = q_nope.shape
+    kv_lora = kv_b_weight.shape[1]
+    up = kv_b_weight.view(heads, -1, kv_lora)
+    w_uk = up[:, :nope].transpose(1, 2).contiguous()
+    w_uv = up[:, nope:].contiguous()
+
+    def attend(part):
+        q = torch.cat([ops.batched_linear(q_nope[part], w_uk), q_rope[part]], -1)
+        out, lse = ops.sparse_mla(q, latent, indices[part], scale, kv_lora)
+        return ops.batched_linear(out, w_uv), q, lse
+
+    if whole:
+        return attend(slice(None))
+    step = max(_PAIRS // heads, 1)
+    if rows <= step or torch.is_grad_enabled():
+        return attend(slice(None))[0], None, None
+    out = q_nope.new_empty(rows, heads, w_uv.shape[1])
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        out[part] = attend(part)[0]
+    return out, None, None
+
+
 @dataclass
 class Selection:
     """What one layer selected, seen from outside: for evaluation, and for overriding it.
@@ -142,14 +192,11 @@ class MLA(nn.Module):
         return out
 
     def _attend_sparse(self, q_nope, q_rope, latent, run):
-        c = self.config
-        w = self.kv_b_proj.full_weight().view(c.num_attention_heads, -1, c.kv_lora_rank)
-        w_uk, w_uv = w.split([c.qk_nope_head_dim, c.v_head_dim], 1)
-        q = torch.cat([ops.batched_linear(q_nope, w_uk.transpose(1, 2).contiguous()), q_rope], -1)
-        out, lse = ops.sparse_mla(q, latent, run.indices, self.scale, c.kv_lora_rank)
-        if run.indexer == "sparse":
+        weight, learns = self.kv_b_proj.full_weight(), run.indexer == "sparse"
+        out, q, lse = latent_attention(q_nope, q_rope, latent, run.indices, weight, self.scale, whole=learns)
+        if learns:
             self._teach(q, latent, lse, run, run.indices)
-        return ops.batched_linear(out, w_uv.contiguous())
+        return out
 
     def _expanded(self, q_nope, q_rope, latent):
         """Per-head q [T, h, qk], k [Tk, h, qk], v [Tk, h, v] of the dense form."""
