@@ -297,12 +297,13 @@ def memory_table(results: list[tuple[MemoryCase, int]]) -> str:
 
 
 def families(wanted: list[str]) -> Iterator[tuple[str, object]]:
-    """The modules ``benchmarks.ops.bench_<family>``, all or the wanted ones. Raises ValueError for an unknown family."""
-    known = sorted(p.stem.removeprefix("bench_") for p in (Path(__file__).parent / "ops").glob("bench_*.py"))
+    """The modules ``benchmarks.<room>.bench_<family>``, all or those wanted. Raises ValueError for an unknown family."""
+    files = sorted(Path(__file__).parent.glob("*/bench_*.py"))
+    known = {p.stem.removeprefix("bench_"): f"benchmarks.{p.parent.name}.{p.stem}" for p in files}
     if unknown := [name for name in wanted if name not in known]:
         raise ValueError(f"no benchmark for {', '.join(unknown)}; there are {', '.join(known)}")
     for name in wanted or known:
-        yield name, importlib.import_module(f"benchmarks.ops.bench_{name}")
+        yield name, importlib.import_module(known[name])
 
 
 def run(wanted: list[str], quick: bool, only: str = "", out: Path | None = None) -> list[str]:

@@ -147,15 +147,14 @@ def _model_forward(
     """GlmMoeDsaModel's, with ranges of keys in place of a [queries, keys] mask."""
     given = input_ids if input_ids is not None else inputs_embeds
     if given is not None:
-        if isinstance(attention_mask, dict):
-            attention_mask = attention_mask["indexed_attention"]
-    if given is not None and not _are_ranges(attention_mask):
-        seen = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        cached = past_key_values is not None or kwargs.get("use_cache", self.config.use_cache)
-        batch, time = given.shape[:2]
-        attention_mask = key_ranges(attention_mask, None if cached else position_ids, seen, batch, time, given.device)
-    if given is not None:
-        attention_mask = {"indexed_attention": attention_mask}
+        ranges = attention_mask["indexed_attention"] if isinstance(attention_mask, dict) else attention_mask
+        if not _are_ranges(ranges):
+            batch, time = given.shape[:2]
+            seen = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+            use_cache = kwargs.get("use_cache")
+            cached = past_key_values is not None or (self.config.use_cache if use_cache is None else use_cache)
+            ranges = key_ranges(ranges, None if cached else position_ids, seen, batch, time, given.device)
+        attention_mask = {"indexed_attention": ranges}
     return original(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, *args, **kwargs)
 
 
