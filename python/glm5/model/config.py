@@ -185,6 +185,7 @@ class Glm5Config:
 # What a value of a field's type must be an instance of, and how to ask for it.
 _KINDS = {float: ((float, int), "a number"), bool: (bool, "true or false"), str: (str, "a string"), dict: (dict, "a table")}
 
+
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     """By how much yarn sharpens attention when it stretches the positions by ``factor``: 0.1 mscale ln(factor) + 1."""
     return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
