@@ -1,4 +1,4 @@
-"""Continue a text with the model of a run, from its newest checkpoint."""
+"""Continue a text with a model: of a run, from its newest checkpoint, or of a Hugging Face directory."""
 
 import sys
 from pathlib import Path
@@ -7,33 +7,69 @@ NAME = "generate"
 
 
 def add_arguments(parser) -> None:
-    """The prompt, the run, and how to sample."""
-    parser.add_argument("prompt", nargs="?", default="def ", help="text to continue (default: %(default)r)")
+    """The prompt, the model, and how to sample."""
+    parser.add_argument("text", nargs="?", metavar="PROMPT", help="text to continue (default: 'def ')")
+    parser.add_argument("--prompt", help="the same as an option")
     parser.add_argument(
         "--run", dest="folder", type=Path, default=Path("runs/foundation"), help="run folder (default: %(default)s)"
     )
-    parser.add_argument("--tokens", type=int, default=400, help="how many bytes to write at most (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest byte (default: %(default)s)")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face model directory, in place of a run")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of a directory's weights (default: as stored)")
+    parser.add_argument("--fp8", choices=("dequantize", "keep"), default="dequantize", help="what becomes of FP8 weights")
+    parser.add_argument("--tokens", type=int, default=400, help="how many tokens to write at most (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
 
 
 def run(args) -> None:
-    """Writes the prompt and its continuation to standard output."""
-    from glm5.recipes import load_recipe
-    from glm5.train.checkpoint import CheckpointStore
-    from glm5.train.evaluation import generate_text
-    from glm5.train.run import build_model, load_model_tensors, prepare
+    """Writes the prompt, and then its continuation, token by token, to standard output."""
+    import torch
 
-    if not (args.folder / "recipe.toml").is_file():
-        raise ValueError(f"{args.folder} is not a run folder: it has no recipe.toml; `glm5 run foundation` makes one")
-    recipe = load_recipe(args.folder / "recipe.toml")
-    prepare(recipe)
-    store = CheckpointStore(args.folder / "checkpoints", list(recipe.stages), writable=False)
-    loaded = store.load_latest(lambda message: print(message, file=sys.stderr))
-    if loaded is None:
-        raise ValueError(f"{args.folder} has no checkpoint yet")
-    manifest, files = loaded
-    model = build_model(recipe)
-    load_model_tensors(model, manifest, files["model"])
-    attention = "sparse" if recipe.stages[manifest.stage].kind == "dsa-sparse" else "dense"
-    print(args.prompt + generate_text(model, args.prompt, args.tokens, args.temperature, args.seed, attention))
+    from glm5.data import ByteTokenizer
+    from glm5.data.text import TextStream
+
+    if args.text is not None and args.prompt is not None:
+        raise ValueError("the prompt was given twice, as an argument and as --prompt")
+    prompt = next((text for text in (args.text, args.prompt) if text is not None), "def ")
+    model, tokenizer = _of_directory(args) if args.model else _of_run(args)
+    if isinstance(tokenizer, ByteTokenizer):  # trained on documents, as they begin and end in its corpus
+        start, stop = tokenizer.encode_document("")[:-1], (tokenizer.eos_id,)
+    else:
+        eos = model.config.eos_token_id
+        start, stop = (), () if eos is None else (eos,) if isinstance(eos, int) else eos
+    ids = torch.tensor([*start, *tokenizer.encode(prompt)], dtype=torch.int64)
+
+    text, left = TextStream(tokenizer), args.tokens
+
+    def show(position: int, tokens: torch.Tensor) -> None:
+        nonlocal left
+        left -= 1
+        token = int(tokens[0])
+        if token not in stop:
+            print(text.push(token, last=left == 0), end="", flush=True)
+
+    print(prompt, end="", flush=True)
+    options = dict(temperature=args.temperature, seed=args.seed, stop_tokens=stop, stream=show)
+    model.generate(ids, args.tokens, **options)
+    print()
+
+
+def _of_directory(args):
+    import torch
+
+    from glm5.cli.progress import Bar
+    from glm5.data.text import load_tokenizer
+    from glm5.model import Glm5ForCausalLM
+
+    tokenizer = load_tokenizer(args.model)
+    with Bar(f"loading {args.model}") as bar:
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        model = Glm5ForCausalLM.from_pretrained(args.model, dtype=dtype, fp8=args.fp8, progress=bar)
+    return model, tokenizer
+
+
+def _of_run(args):
+    from glm5.data import ByteTokenizer
+    from glm5.train.run import load_run
+
+    return load_run(args.folder, lambda message: print(message, file=sys.stderr)), ByteTokenizer()

@@ -12,7 +12,7 @@ from importlib import import_module
 
 import glm5
 
-COMMANDS = ("run", "train", "generate", "doctor")
+COMMANDS = ("run", "train", "generate", "convert", "doctor")
 
 
 def _parser() -> argparse.ArgumentParser:

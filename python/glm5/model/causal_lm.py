@@ -225,7 +225,7 @@ class Glm5ForCausalLM(nn.Module):
         loss = None
         if labels is not None:
             shifted = torch.nn.functional.pad(labels[:, 1:].long(), (0, 1), value=IGNORED)
-            loss = self._mean_nats(hidden, shifted.reshape(-1))[0]
+            loss = self._mean_nats(hidden, shifted.reshape(-1))
         return CausalLMOutput(logits[0], logits[1:], loss, layers)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ it. Reading streams file by file, so the peak is the model and one shard.
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,23 +93,31 @@ def load_pretrained(
     """What ``Glm5ForCausalLM.from_pretrained`` does; its docstring says it all."""
     if fp8 not in ("dequantize", "keep"):
         raise ValueError(f"from_pretrained: fp8 is {fp8!r}, want 'dequantize' or 'keep'")
-    folder = Path(folder)
-    config, extra = read_config(folder)
-    _check_quantization(folder, extra)
-    with SafetensorsFolder(folder) as stored:
-        config = _with_mtp_as_stored(config, stored)
-        dtype = dtype or _dtype(folder, extra, stored)
-        model = model_class(config, dtype=dtype, device="meta")
-        _follow_stored_dtypes(model, stored, fp8 == "keep")
-        copies = _copies(config)
-        _compare(folder, model, stored, copies, fp8 == "keep")
+    with opened_checkpoint(folder, dtype, model_class, keep_fp8=fp8 == "keep") as (model, stored, extra):
         model.to_empty(device=torch.get_default_device() if device is None else device)
-        _fill(model, stored, copies, progress)
+        _fill(model, stored, progress)
     if fp8 == "dequantize":
         extra.pop("quantization_config", None)
     model.extra_config = extra
     model.attention = attention
     return model
+
+
+@contextmanager
+def opened_checkpoint(folder: Path | str, dtype: torch.dtype | None, model_class: type, keep_fp8: bool = False):
+    """Within the block: (a model on the meta device that fits the checkpoint, its tensors, the other keys of config.json).
+
+    Raises PretrainedError or CheckpointFilesError as ``Glm5ForCausalLM.from_pretrained`` says.
+    """
+    folder = Path(folder)
+    config, extra = read_config(folder)
+    _check_quantization(folder, extra)
+    with SafetensorsFolder(folder) as stored:
+        config = _with_mtp_as_stored(config, stored)
+        model = model_class(config, dtype=dtype or _dtype(folder, extra, stored), device="meta")
+        _follow_stored_dtypes(model, stored, keep_fp8)
+        _compare(folder, model, stored)
+        yield model, stored, extra
 
 
 def save_pretrained(
@@ -155,7 +164,7 @@ def _with_mtp_as_stored(config: Glm5Config, stored: SafetensorsFolder) -> Glm5Co
         warnings.warn(
             f"{stored.folder}: num_nextn_predict_layers is {config.num_nextn_predict_layers}, but layer "
             f"{config.num_hidden_layers} has no tensors; the model has no MTP layer",
-            stacklevel=4,
+            stacklevel=6,
         )
     return replace(config, num_nextn_predict_layers=mtp)
 
@@ -207,10 +216,11 @@ def _copies(config: Glm5Config) -> dict[str, str]:
     return copies
 
 
-def _compare(folder: Path, model: nn.Module, stored: SafetensorsFolder, copies: dict[str, str], keep_fp8: bool) -> None:
+def _compare(folder: Path, model: nn.Module, stored: SafetensorsFolder) -> None:
     """Raises PretrainedError listing every tensor that is missing, extra, misshapen or of a dtype that cannot be read."""
     wanted = checkpoint_views(model)
     fused = checkpoint_views(model, fused_experts=True)
+    copies = _copies(model.config)
     wrong = []
 
     def check(name: str, there: StoredTensor, shape: tuple[int, ...]) -> None:
@@ -255,7 +265,8 @@ def _parts_of(fused_name: str, names) -> list[str]:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, stored: SafetensorsFolder, copies: dict[str, str], progress: Progress) -> None:
+def _fill(model: nn.Module, stored: SafetensorsFolder, progress: Progress) -> None:
+    copies = _copies(model.config)
     views = checkpoint_views(model) | checkpoint_views(model, fused_experts=True)
     total = sum(torch.Size(t.shape).numel() for t in stored.tensors.values())
     done = 0

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +98,26 @@ def load_model_tensors(model, manifest: Manifest, tensors: dict[str, torch.Tenso
     with torch.no_grad():
         for name, tensor in mine.items():
             tensor.copy_(tensors[name])
+
+
+def load_run(folder: Path, say: Callable[[str], None] = print):
+    """The model of the newest checkpoint in a run folder, with the form of attention that its stage trained.
+
+    Raises:
+        ValueError: it is no run folder, or has no checkpoint that is whole.
+    """
+    if not (folder / "recipe.toml").is_file():
+        raise ValueError(f"{folder} is not a run folder: it has no recipe.toml; `glm5 run foundation` makes one")
+    recipe = load_recipe(folder / "recipe.toml")
+    prepare(recipe)
+    loaded = CheckpointStore(folder / "checkpoints", list(recipe.stages), writable=False).load_latest(say)
+    if loaded is None:
+        raise ValueError(f"{folder} has no checkpoint yet")
+    manifest, files = loaded
+    model = build_model(recipe)
+    load_model_tensors(model, manifest, files["model"])
+    model.attention = "sparse" if recipe.stages[manifest.stage].kind == "dsa-sparse" else "dense"
+    return model
 
 
 @dataclass

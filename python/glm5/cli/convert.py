@@ -1,0 +1,38 @@
+"""Write a checkpoint in another form: Hugging Face's, native (experts fused), or FP8."""
+
+import tempfile
+from pathlib import Path
+
+NAME = "convert"
+
+
+def add_arguments(parser) -> None:
+    """Where from, where to, and what form."""
+    parser.add_argument("source", type=Path, help="model directory, Hugging Face or native, or a run folder")
+    parser.add_argument("target", type=Path, help="directory to write")
+    parser.add_argument("--to", choices=("hf", "native", "fp8"), default="hf", help="form to write (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of what is not FP8 (default: as stored)")
+    parser.add_argument(
+        "--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest file, in 10^9 bytes (default: %(default)s)"
+    )
+
+
+def run(args) -> None:
+    """Writes the directory and says where it is."""
+    import torch
+
+    from glm5.cli.progress import Bar
+    from glm5.data.text import BYTES_KEY
+    from glm5.model.conversion import convert_checkpoint
+    from glm5.train.run import load_run
+
+    options = dict(dtype=getattr(torch, args.dtype) if args.dtype else None, max_shard_bytes=int(args.max_shard_gb * 1e9))
+    with Bar(f"writing {args.target}") as bar, tempfile.TemporaryDirectory() as scratch:
+        source = args.source
+        if (source / "recipe.toml").is_file():
+            model = load_run(source, print)
+            model.extra_config[BYTES_KEY] = "bytes"
+            source = Path(scratch)
+            model.save_pretrained(source, fused_experts=True)
+        convert_checkpoint(source, args.target, args.to, progress=bar, **options)
+    print(args.target)

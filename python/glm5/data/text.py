@@ -1,0 +1,65 @@
+"""The tokenizer that belongs to a model directory: its tokenizer.json, or plain bytes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from glm5.data.tokenizer import ByteTokenizer
+
+# In config.json of a model that was trained on bytes.
+BYTES_KEY = "glm5_tokenizer"
+
+
+class JsonTokenizer:
+    """A tokenizer.json, by the ``tokenizers`` package. ``encode`` takes text as it is; ``decode`` drops special tokens."""
+
+    def __init__(self, path: Path):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ValueError(f"{path} needs the tokenizers package: pip install tokenizers") from None
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises bare Exception
+            raise ValueError(f"{path} is damaged or of an unknown kind: {error}") from None
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 ids of ``text``, without special tokens added."""
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def decode(self, ids) -> str:
+        return self._tokenizer.decode([int(i) for i in ids])
+
+
+def load_tokenizer(folder: Path | str) -> JsonTokenizer | ByteTokenizer:
+    """The tokenizer of a model directory.
+
+    Raises:
+        ValueError: there is none, or it cannot be read; the message names the file.
+    """
+    folder = Path(folder)
+    if (folder / "tokenizer.json").is_file():
+        return JsonTokenizer(folder / "tokenizer.json")
+    try:
+        kind = json.loads((folder / "config.json").read_bytes()).get(BYTES_KEY)
+    except (OSError, ValueError, AttributeError):
+        kind = None
+    if kind == "bytes":
+        return ByteTokenizer()
+    raise ValueError(f"{folder} has no tokenizer.json (and config.json no {BYTES_KEY}: 'bytes')")
+
+
+class TextStream:
+    """Text of ids that come one by one: what has become certain since the last call."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self._ids, self._shown = tokenizer, [], 0
+
+    def push(self, token: int, last: bool = False) -> str:
+        """New text after ``token``. The first bytes of an unfinished character wait for the rest, unless it is the last."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        whole = text if last else text.rstrip("\ufffd")
+        new, self._shown = whole[self._shown :], max(self._shown, len(whole))
+        return new

@@ -1,0 +1,131 @@
+"""A checkpoint directory into another form, tensor by tensor: no more than one shard is in memory at a time.
+
+Forms: "hf", one tensor an expert and projection, as Transformers and the serving engines read it; "native", a layer's
+experts fused as they are in memory; "fp8", as "hf" with e4m3 weights and a scale for every 128 x 128 block.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from glm5.model.causal_lm import Glm5ForCausalLM
+from glm5.model.fp8 import BLOCK, dequantize_fp8, quantize_fp8, scale_shape
+from glm5.model.pretrained import SCALE, Progress, checkpoint_views, opened_checkpoint, write_config
+from glm5.model.safetensors_folder import INDEX, SafetensorsFolder, TensorToWrite, write_safetensors
+
+FORMS = ("hf", "native", "fp8")
+
+# What stays as it is in FP8: the head and the embedding, what decides choices, and the MTP layer's small projection.
+_NOT_QUANTISED = ("lm_head", "weights_proj", "mlp.gate", "eh_proj", "embed_tokens")
+
+_QUANTISATION = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+
+
+def convert_checkpoint(
+    source: Path | str,
+    target: Path | str,
+    form: str,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Progress = lambda *_: None,
+) -> None:
+    """Writes the checkpoint in ``source`` to ``target``, with every other file that lies beside it (tokenizer, templates).
+
+    Args:
+        source: a directory that ``Glm5ForCausalLM.from_pretrained`` reads.
+        target: another directory.
+        form: "hf", "native" or "fp8".
+        dtype: of what is not FP8; None keeps each tensor's own, and dequantised weights take config.json's.
+        max_shard_bytes, progress: as in ``save_pretrained``.
+
+    Raises:
+        ValueError: unknown form, target is source, or source cannot be read.
+        OSError: the disk is full or not writable; a checkpoint that was in target is still there.
+    """
+    source, target = Path(source), Path(target)
+    if form not in FORMS:
+        raise ValueError(f"convert: the form is {form!r}, want one of {', '.join(FORMS)}")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ValueError(f"convert: {target} is the source itself, want another directory")
+    with opened_checkpoint(source, dtype, Glm5ForCausalLM) as (model, stored, extra):
+        extra.pop("quantization_config", None)
+        tensors = _tensors(model, stored, form, dtype)
+        if form == "fp8":
+            kept = [n.removesuffix(".weight") for n in tensors if n.removesuffix(".weight").endswith(_NOT_QUANTISED)]
+            extra["quantization_config"] = _QUANTISATION | {"modules_to_not_convert": kept}
+        extra["dtype"] = str(model.model.norm.weight.dtype).removeprefix("torch.")
+        write_safetensors(target, tensors, max_shard_bytes, progress)
+        write_config(target, model.config, extra)
+    for path in source.iterdir():
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX, "config.json"):
+            shutil.copyfile(path, target / path.name)
+
+
+def _tensors(model, stored: SafetensorsFolder, form: str, dtype: torch.dtype | None) -> dict[str, TensorToWrite]:
+    read = _Reader(model, stored)
+    tensors = {}
+    for name, view in checkpoint_views(model, fused_experts=form == "native").items():
+        shape = tuple(view.shape)
+        quantised = form == "fp8" and view.dim() == 2 and not name.removesuffix(".weight").endswith(_NOT_QUANTISED)
+        if quantised:
+            tensors[name] = TensorToWrite(shape, torch.float8_e4m3fn, lambda n=name: read.fp8(n)[0])
+            tensors[name + SCALE] = TensorToWrite(scale_shape(shape), torch.float32, lambda n=name: read.fp8(n)[1])
+            continue
+        own = view.dtype if name.endswith("e_score_correction_bias") else dtype or read.dtype(name)
+        tensors[name] = TensorToWrite(shape, own, lambda n=name, d=own: read.full(n, d))
+    return tensors
+
+
+class _Reader:
+    """Tensors by the names of either form, wherever and however they are stored."""
+
+    def __init__(self, model, stored: SafetensorsFolder):
+        self.model, self.stored = model, stored
+        self.width = model.config.moe_intermediate_size
+        self._last: tuple[str, tuple] | None = None
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor is when nobody asks for another dtype; for FP8, what the model computes in."""
+        parts = [name] if name in self.stored.tensors else [n for n, _ in self._parts(name)]
+        found = self.stored.tensors[parts[0]].dtype
+        return self.model.model.norm.weight.dtype if found == torch.float8_e4m3fn else found
+
+    def full(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        if name in self.stored.tensors:
+            tensor = self.stored.read(name)
+            if tensor.dtype == torch.float8_e4m3fn:
+                return dequantize_fp8(tensor, self.stored.read(name + SCALE), dtype)
+            return tensor.to(dtype)
+        parts = self._parts(name)
+        if isinstance(parts[0][1], str):  # experts one by one: stack them
+            experts, kinds = self.model.config.n_routed_experts, [part for _, part in parts]
+            prefix = name.rpartition(".")[0]
+            rows = [torch.cat([self.full(f"{prefix}.{k}.{kind}", dtype) for kind in kinds]) for k in range(experts)]
+            return torch.stack(rows)
+        (whole, index), *_ = parts
+        return self.stored.read(whole)[index].to(dtype)
+
+    def fp8(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weight, scales), quantised here unless they are stored so."""
+        if self._last is None or self._last[0] != name:
+            there = self.stored.tensors.get(name)
+            if there is not None and there.dtype == torch.float8_e4m3fn:
+                pair = self.stored.read(name), self.stored.read(name + SCALE)
+            else:
+                pair = quantize_fp8(self.full(name, torch.float32))
+            self._last = name, pair
+        return self._last[1]
+
+    def _parts(self, name: str) -> list[tuple]:
+        """Where a tensor is that is not stored under its own name: [(stored name, index or expert part)]."""
+        prefix, _, kind = name.rpartition(".")
+        if kind in ("gate_up_proj", "down_proj"):
+            kinds = ("gate_proj.weight", "up_proj.weight") if kind == "gate_up_proj" else ("down_proj.weight",)
+            return [(f"{prefix}.0.{part}", part) for part in kinds]
+        prefix, expert, projection, _ = name.rsplit(".", 3)
+        if projection == "down_proj":
+            return [(f"{prefix}.down_proj", int(expert))]
+        half = slice(self.width) if projection == "gate_proj" else slice(self.width, None)
+        return [(f"{prefix}.gate_up_proj", (int(expert), half))]
