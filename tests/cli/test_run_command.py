@@ -78,6 +78,9 @@ def test_no_command_shows_the_commands(capsys):
             "stages.pretran: no such stage; a new one needs stages.pretran.kind",
         ),
         (["generate", "--run", "nowhere"], "nowhere is not a run folder"),
+        (["generate", "--model", "nowhere"], "nowhere has no tokenizer.json"),
+        (["generate", "a", "--prompt", "b"], "the prompt was given twice"),
+        (["convert", "nowhere", "there"], "nowhere/config.json cannot be read"),
     ],
 )
 def test_mistakes_end_in_one_clear_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -118,6 +121,11 @@ def test_run_trains_reports_and_generates(tmp_path, capsys):
     assert first.startswith("def f")
     main(["generate", "def f", "--run", str(tmp_path / "foundation"), "--tokens", "5", "--seed", "3"])
     assert capsys.readouterr().out == first
+    for form in ("hf", "native"):
+        assert main(["convert", str(tmp_path / "foundation"), str(tmp_path / form), "--to", form]) == 0
+        assert capsys.readouterr().out == f"{tmp_path / form}\n"
+        assert main(["generate", "--prompt", "def f", "--model", str(tmp_path / form), "--tokens", "5", "--seed", "3"]) == 0
+        assert capsys.readouterr().out == first
     (tmp_path / "foundation" / "evaluation.json").write_text('{"done": [')
     assert main(["run", "foundation", *SMALL, "--runs", str(tmp_path)]) == 1
     assert "evaluation.json is damaged; remove" in capsys.readouterr().err

@@ -76,8 +76,9 @@ def model_tensors(model) -> dict[str, torch.Tensor]:
 
 
 def config_digest(config) -> str:
-    """Identifies a model's configuration: sha256 of its fields."""
-    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
+    """Identifies a model's configuration: sha256 of its fields, those that are None left out so that there can be more."""
+    said = {name: value for name, value in config.to_dict().items() if value is not None}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def load_model_tensors(model, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
