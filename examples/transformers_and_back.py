@@ -42,8 +42,8 @@ for step in range(20):
     if step % 5 == 4:
         print(f"step {step + 1}: {loss.item():.3f} nats a byte")
 
-# %% The weights go back, and Transformers computes what ours computes. (With fewer indexer heads, equal scores at the edge of
-# the top-k are common: ReLU makes exact zeros. We then keep the earlier key; which one torch.topk keeps is not defined.)
+# %% The weights go back, and Transformers computes what ours computes. (With fewer indexer heads, equal scores at the edge
+# of the top-k are common: ReLU makes exact zeros. We then keep the earlier key; which one torch.topk keeps is not defined.)
 ours.save_pretrained(folder / "ours")
 returned = GlmMoeDsaForCausalLM.from_pretrained(folder / "ours").eval()
 with torch.no_grad():
