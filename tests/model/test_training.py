@@ -170,6 +170,24 @@ def test_rows_without_keys_do_not_count_in_the_kl(stage):
     torch.testing.assert_close(model.losses(padded, mtp_depth=0, indexer=stage)["indexer_kl"], losses["indexer_kl"])
 
 
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+@pytest.mark.parametrize("share", [False, True], ids=["every_step_indexed", "index_share"])
+def test_the_kl_does_not_feel_the_next_document_either(stage, share):
+    """Rows of an MTP step that read a token of another document, or none, are no lesson for the indexer."""
+    model = shapes.model(index_share_for_mtp_iteration=share)
+    a, b, c = (shapes.random_tokens(20, seed=s) for s in range(3))
+    alone = [model.losses(shapes.pack(x), indexer=stage) for x in (a, b, c)]
+    rows = 3 * 20 + 19 + 18 + 17
+    assert [int(losses["indexer_rows"]) for losses in alone] == [rows] * 3
+    for second in (1, 2):
+        losses = model.losses(shapes.pack(a, (a, b, c)[second]), indexer=stage)
+        assert losses["indexer_rows"] == 2 * rows
+        torch.testing.assert_close(losses["indexer_kl"], (alone[0]["indexer_kl"] + alone[second]["indexer_kl"]) / 2)
+    # Nor does what the last token of a pack stands in for count: a padding document there changes nothing.
+    padded = model.losses(shapes.pack(a, c[:1]), indexer=stage, mtp_depth=3)
+    torch.testing.assert_close(padded["indexer_kl"] * padded["indexer_rows"], alone[0]["indexer_kl"] * rows)
+
+
 def test_load_counts_every_choice_and_the_bias_evens_it_out():
     model, b = shapes.model(), batch()
     load = model.losses(b, mtp_depth=2)["expert_load"]

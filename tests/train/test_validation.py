@@ -43,12 +43,13 @@ def test_a_selection_takes_the_place_of_the_indexers(model, dataset):
     assert own != language_loss(model, "dense", batches(dataset, 100, 4)) and model.attention == "dense"
 
 
-def test_kl_is_a_mean_over_rows_however_they_are_batched(model, dataset):
+@pytest.mark.parametrize("depth", [0, 2])
+def test_kl_is_a_mean_over_rows_however_they_are_batched(model, dataset, depth):
     packs = dataset.num_packs
     with torch.no_grad():
-        whole = float(model.losses(dataset.collate(range(packs)), mtp_depth=0, indexer="warmup")["indexer_kl"])
+        whole = float(model.losses(dataset.collate(range(packs)), mtp_depth=depth, indexer="warmup")["indexer_kl"])
     for size in (packs, packs - 1, 1):
-        assert indexer_kl(model, batches(dataset, packs, size), "warmup", 0) == pytest.approx(whole, rel=1e-5)
+        assert indexer_kl(model, batches(dataset, packs, size), "warmup", depth) == pytest.approx(whole, rel=1e-5)
 
 
 def test_recall_is_over_long_rows_and_all_layers(model, dataset):

@@ -300,7 +300,9 @@ class Glm5ForCausalLM(nn.Module):
             lm: mean nats a target over the main head, scalar; None for "warmup", which has no use for it.
             mtp: the same for each depth, none for "warmup"; a target counts at depth d only when its row's document reaches
                 d + 1 tokens on.
-            indexer_kl: mean KL a row over the indexed layers (each unroll of the MTP layer is one), or None.
+            indexer_kl: mean KL a row over the indexed layers (each unroll of the MTP layer is one), or None. Rows without
+                keys are left out, and so are those of depth d whose document does not reach d tokens on.
+            indexer_rows: how many rows of how many layers that is, int tensor.
             expert_load: int [MoE layers, E], tokens each expert got.
             num_targets: of the main head, int tensor. A mean over no targets is 0.
 
@@ -318,19 +320,23 @@ class Glm5ForCausalLM(nn.Module):
         with torch.set_grad_enabled(run.grad and learns):
             hidden = self.model(tokens, run)
             lm = self._mean_nats(hidden, targets) if learns else None
-            mtp = []
+            seeing = run.ke > run.ks
+            taught, mtp = [seeing] * len(run.kl), []
             for d, drafted in enumerate(self._mtp(tokens, hidden, run, mtp_depth), 1):
                 if learns:
                     mtp.append(self._mean_nats(drafted, mtp_targets(targets, run.positions, run.ks, d)))
+                taught += [seeing & reaches(run.positions, run.ks, d)] * (len(run.kl) - len(taught))
 
+        rows = torch.stack(taught).sum() if taught else torch.zeros((), dtype=torch.int64, device=tokens.device)
         kl = None
         if run.kl:
-            rows = (run.ke > run.ks).sum().clamp(min=1)
-            kl = torch.stack([layer.sum() for layer in run.kl]).sum() / (rows * len(run.kl))
+            kept = [torch.where(counted, layer, 0).sum() for counted, layer in zip(taught, run.kl, strict=True)]
+            kl = torch.stack(kept).sum() / rows.clamp(min=1)
         moe = [layer for layer in self.model.layers if isinstance(layer.mlp, MoE)]
         unused = torch.zeros(self.config.n_routed_experts, dtype=torch.int32, device=tokens.device)
         load = torch.stack([run.loads.get(layer.layer, unused) for layer in moe]) if moe else unused[None][:0]
-        return {"lm": lm, "mtp": mtp, "indexer_kl": kl, "expert_load": load, "num_targets": (targets != IGNORED).sum()}
+        counts = {"indexer_rows": rows, "expert_load": load, "num_targets": (targets != IGNORED).sum()}
+        return {"lm": lm, "mtp": mtp, "indexer_kl": kl, **counts}
 
     def target_logprobs(self, batch) -> torch.Tensor:
         """log p(target) [T] of a flat batch as ``losses`` takes it, at least float32; 0 where the target is ignored."""
@@ -375,14 +381,15 @@ class Glm5ForCausalLM(nn.Module):
         return generate(self, ids, max_new_tokens, **options)
 
 
-def mtp_targets(targets: torch.Tensor, positions: torch.Tensor, ks: torch.Tensor, depth: int) -> torch.Tensor:
-    """targets [T] of the main head -> those of MTP depth d: row t gets targets[t + d] of its own document, or -100.
+def reaches(positions: torch.Tensor, ks: torch.Tensor, depth: int) -> torch.Tensor:
+    """[T] bool: whether row t + d is in row t's document: its keys start at the same row and it stands d positions on."""
+    same = torch.zeros_like(ks, dtype=torch.bool)
+    reach = max(ks.shape[0] - depth, 0)
+    same[:reach] = (ks[depth:] == ks[:reach]) & (positions[depth:] == positions[:reach] + depth)
+    return same
 
-    Row t + d is in row t's document when its key range starts at the same row and it stands d positions further.
-    """
-    moved = torch.full_like(targets, IGNORED)
-    reach = targets.shape[0] - depth
-    if reach > 0:
-        same = (ks[depth:] == ks[:reach]) & (positions[depth:] == positions[:reach] + depth)
-        moved[:reach] = torch.where(same, targets[depth:], IGNORED)
-    return moved
+
+def mtp_targets(targets: torch.Tensor, positions: torch.Tensor, ks: torch.Tensor, depth: int) -> torch.Tensor:
+    """targets [T] of the main head -> those of MTP depth d: row t gets targets[t + d] of its own document, or -100."""
+    moved = nn.functional.pad(targets[depth:], (0, min(depth, targets.shape[0])), value=IGNORED)
+    return torch.where(reaches(positions, ks, depth), moved, IGNORED)

@@ -51,7 +51,8 @@ def language_loss(
 @torch.no_grad()
 def indexer_kl(model, held_out: Iterator[Batch], stage: str, mtp_depth: int) -> float:
     """Mean KL a row from attention to indexer: over all keys ("warmup": dense attention) or the selected ones ("sparse")."""
-    values = [(float(model.losses(b, mtp_depth=mtp_depth, indexer=stage)["indexer_kl"]), len(b.tokens)) for b in held_out]
+    losses = [model.losses(batch, mtp_depth=mtp_depth, indexer=stage) for batch in held_out]
+    values = [(float(each["indexer_kl"]), int(each["indexer_rows"])) for each in losses]
     return sum(kl * rows for kl, rows in values) / sum(rows for _, rows in values)
 
 
