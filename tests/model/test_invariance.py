@@ -87,6 +87,18 @@ def test_the_tiny_preset_at_its_training_length(form, dtype):
 
 
 @FORMS
+@DTYPES
+def test_a_long_prefill_in_parts_has_the_bits_of_the_whole(form, dtype, monkeypatch):
+    model, ids = shapes.model(form, dtype), shapes.random_tokens(2, 90)
+    whole = model(ids, mtp_depth=1)  # with gradients nothing is cut
+    monkeypatch.setattr("glm5.model.transformer._ROWS", 37)
+    monkeypatch.setattr("glm5.model.attention._PAIRS", 50)
+    with torch.no_grad():
+        parts = model(ids, mtp_depth=1)
+    assert same_bits(whole.logits, parts.logits) and same_bits(whole.mtp_logits[0], parts.mtp_logits[0])
+
+
+@FORMS
 @torch.no_grad()
 def test_threads_change_nothing(form):
     model, ids = shapes.model(form), shapes.random_tokens(2, 90)

@@ -11,6 +11,9 @@ from glm5.model.attention import MLA, Pass
 from glm5.model.config import Glm5Config
 from glm5.model.layers import MLP, Linear, MoE, RMSNorm
 
+# Rows that an MLP or a mixture of experts takes at once where no gradient is wanted.
+_ROWS = 4096
+
 
 class Embedding(nn.Module):
     """tokens [T] -> [T, H]."""
@@ -36,6 +39,14 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), run)
+        if torch.is_grad_enabled() or x.shape[0] <= _ROWS:
+            return self._feed_forward(x, run)
+        # A long prefill in parts: every row has the bits that it has alone, and the wide activations stay small.
+        for first in range(0, x.shape[0], _ROWS):
+            x[first : first + _ROWS] = self._feed_forward(x[first : first + _ROWS], run)
+        return x
+
+    def _feed_forward(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
         update = self.mlp(self.post_attention_layernorm(x))
         if isinstance(self.mlp, MoE):
             update, load = update
