@@ -1,8 +1,10 @@
 """Selections other than the indexer's, and how they are judged."""
 
+import pytest
 import torch
 
 from glm5.model import selection
+from glm5.model.attention import Selection
 from tests.model import shapes
 from tests.ops.properties import same_bits
 
@@ -38,6 +40,38 @@ def test_target_is_a_distribution_and_its_topk_catches_most():
         best = selection.attention_mass(s, selection.true_topk(s))
         for other in (s.indices, selection.last_keys(s), selection.random_keys(0)(s)):
             assert (selection.attention_mass(s, other) <= best + 1e-6).all()
+
+
+def plain_selection(ks, ke, topk=16, layer=0) -> Selection:
+    return Selection(layer, None, torch.tensor(ks, dtype=torch.int32), torch.tensor(ke, dtype=torch.int32), topk, None)
+
+
+def test_random_keys_are_a_function_of_seed_layer_and_row():
+    rows, topk = 2500, 13
+    ks = [t // 70 * 70 for t in range(rows)]
+    whole = selection.random_keys(5)(plain_selection(ks, range(1, rows + 1), topk))
+    for first in (1, 999, 2300):
+        cut = plain_selection(ks[first:], range(first + 1, rows + 1), topk)
+        assert torch.equal(selection.random_keys(5, first)(cut), whole[first:])
+        assert not torch.equal(selection.random_keys(5)(cut), whole[first:])
+    # Where a range lies decides nothing but the offset, and no two of rows, layers and seeds share their draws.
+    moved = plain_selection([k + 9 for k in ks], range(10, rows + 10), topk)
+    assert torch.equal(selection.random_keys(5)(moved), torch.where(whole < 0, -1, whole + 9))
+    many = [selection.random_keys(s)(plain_selection([0] * 300, [64] * 300, topk, n)) for s in (0, 1) for n in range(3)]
+    assert len({tuple(row) for drawn in many for row in drawn.tolist()}) == 6 * 300
+
+
+@pytest.mark.parametrize("width, topk", [(5, 3), (64, 16), (17, 16), (16, 16), (3, 16), (0, 4)])
+def test_random_keys_are_drawn_evenly(width, topk):
+    rows = 20000
+    drawn = selection.random_keys(3)(plain_selection([7] * rows, [7 + width] * rows, topk))
+    count = torch.bincount(drawn[drawn >= 0].long(), minlength=7 + width)[7:].double()
+    share = min(topk / width, 1) if width else 1
+    assert (drawn >= 0).sum() == rows * min(topk, width)
+    assert ((count / rows - share).abs() <= 5 * (share * (1 - share) / rows) ** 0.5).all()
+    if width == 5:  # every subset as often as another
+        times = torch.unique(drawn, dim=0, return_counts=True)[1].double()
+        assert len(times) == 10 and ((times / rows - 0.1).abs() < 5 * (0.09 / rows) ** 0.5).all()
 
 
 @torch.no_grad()

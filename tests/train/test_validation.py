@@ -1,5 +1,7 @@
 """Held-out measures against their definitions, computed the long way on one batch."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -37,10 +39,17 @@ def test_nats_per_byte_is_the_cost_of_all_targets_over_the_bytes(model, dataset)
 
 
 def test_a_selection_takes_the_place_of_the_indexers(model, dataset):
-    own, window = (language_loss(model, "sparse", batches(dataset, 100, 4), s) for s in (None, last_keys))
-    chosen = language_loss(model, "sparse", batches(dataset, 100, 4), lambda selection: selection.indices)
-    assert own == chosen and own != window != language_loss(model, "sparse", batches(dataset, 100, 4), random_keys(0))
+    own, window = (language_loss(model, "sparse", batches(dataset, 100, 4), s) for s in (None, lambda _: last_keys))
+    chosen = language_loss(model, "sparse", batches(dataset, 100, 4), lambda _: lambda selection: selection.indices)
+    assert own == chosen and own != window
     assert own != language_loss(model, "dense", batches(dataset, 100, 4)) and model.attention == "dense"
+
+
+def test_random_keys_do_not_depend_on_how_packs_are_batched(model, dataset):
+    alone, together = (language_loss(model, "sparse", batches(dataset, 100, n), partial(random_keys, 0)) for n in (1, 4))
+    assert alone == {name: pytest.approx(value, rel=1e-12) for name, value in together.items()}
+    for other in (partial(random_keys, 1), lambda _: random_keys(0), lambda _: last_keys):
+        assert language_loss(model, "sparse", batches(dataset, 100, 1), other)["long_rows"] != alone["long_rows"]
 
 
 @pytest.mark.parametrize("depth", [0, 2])

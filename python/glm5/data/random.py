@@ -5,6 +5,7 @@ import numpy as np
 # Streams keep draws for different purposes apart. A number, once used, keeps its meaning.
 STREAM_PIECES = 1
 STREAM_EPOCH = 2
+# 3 is glm5.model.selection's, for random keys.
 
 
 def generator(seed: int, stream: int, index: int = 0) -> np.random.Generator:

@@ -4,6 +4,7 @@ An evaluation is a function of the weights at the end of its stage, so a resumed
 """
 
 import json
+from functools import partial
 
 from glm5._files import write_atomically
 from glm5.data import ByteTokenizer
@@ -78,8 +79,9 @@ class Evaluator:
         return {
             "dsa-sparse/dense": self._loss("dense"),
             "dsa-sparse/sparse": self._loss("sparse") | recall | {"kl": self._kl("sparse", stage)},
-            "dsa-sparse/window": self._loss("sparse", last_keys) | {"recall": self.results["recalls"][-1]["window"]},
-            "dsa-sparse/random": self._loss("sparse", random_keys(self.run.recipe.seed)),
+            "dsa-sparse/window": self._loss("sparse", lambda _: last_keys)
+            | {"recall": self.results["recalls"][-1]["window"]},
+            "dsa-sparse/random": self._loss("sparse", partial(random_keys, self.run.recipe.seed)),
             "samples": [self._sample()],
         }
 

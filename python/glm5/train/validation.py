@@ -30,14 +30,17 @@ def language_loss(
 
     Args:
         attention: "dense" or "sparse".
-        select: for sparse attention, a selection to use instead of the indexer's.
+        select: for sparse attention, ``select(first_row)`` gives a selection to use instead of the indexer's for the batch
+            whose first row is number ``first_row`` of all.
     """
     before, model.attention = model.attention, attention
     total = num_bytes = long_total = num_long = 0.0
+    first_row = 0
     try:
         for batch in held_out:
-            with model.selecting(select) if select else nullcontext():
+            with model.selecting(select(first_row)) if select else nullcontext():
                 nats = -model.target_logprobs(batch).double()
+            first_row += len(batch.tokens)
             counted = long_rows(batch, model.config.index_topk) & (batch.targets >= 0)
             total += float(nats.sum())
             num_bytes += batch.num_bytes()
