@@ -31,7 +31,7 @@ def test_the_loss_of_a_stage(kind, total):
 class Recorder:
     """An optimizer that notes when it is asked for what."""
 
-    parameters = {"w": None}
+    parameters = {}
 
     def __init__(self):
         self.steps = []

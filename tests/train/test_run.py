@@ -207,6 +207,39 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         carry_out(small_recipe(), tmp_path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_gradient_that_is_not_finite_stops_the_run_and_its_checkpoint(tmp_path, monkeypatch, value):
+    """In the step before a checkpoint, with a loss that shows nothing."""
+    calls, total_loss = {"count": 0}, loop.total_loss
+
+    def spoil(gradient):
+        gradient = gradient.clone()
+        gradient.view(-1)[-1] = value
+        return gradient
+
+    def planted(losses, stage):
+        calls["count"] += 1
+        if calls["count"] == 4:
+            planted.parameter.register_hook(spoil)
+        return total_loss(losses, stage)
+
+    recipe = small_recipe()
+    prepare(recipe)
+    run = open_run(recipe, tmp_path)
+    model = build_model(recipe)
+    planted.parameter = model.model.layers[1].self_attn.o_proj.weight
+    monkeypatch.setattr(loop, "total_loss", planted)
+    message = (
+        r"stage pretrain, step 3: the gradient is not finite in model.layers.1.self_attn.o_proj.weight and "
+        r"0 other parameters.*lower the learning rates of stages.pretrain"
+    )
+    with pytest.raises(TrainingError, match=message):
+        run_stages(run, model, say=lambda _: None)
+    run.close()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert [checkpoint.name for checkpoint in run.store.list()] == ["pretrain-000002"]
+
+
 @pytest.mark.slow
 def test_kill_9_at_random_moments_ends_with_the_same_bits(uninterrupted, tmp_path):
     """The real thing: processes killed at moments spread over start, training, checkpoint writing and evaluation."""

@@ -64,7 +64,7 @@ def train_stage(
         validate: nats per byte of held-out text, asked for every ``validate_every`` steps.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss or a gradient is not finite. Nothing of that step is applied or saved.
     """
     model.attention, indexer_loss = OBJECTIVES[stage.kind]
     optimizers = make_optimizers(model, stage)
@@ -86,6 +86,11 @@ def train_stage(
                 f"lower the learning rates of stages.{name}"
             )
         loss.backward()
+        if spoiled := spoiled_gradients(optimizers):
+            raise TrainingError(
+                f"stage {name}, step {state.step}: the gradient is not finite in {spoiled[0]} and {len(spoiled) - 1} "
+                f"other parameters ({shown}); lower the learning rates of stages.{name}"
+            )
         factor = lr_factor(state.step, stage)
         for optimizer, lr in optimizers.values():
             optimizer.step(state.step, lr * factor)
@@ -106,6 +111,16 @@ def train_stage(
             state.optimizers = {key: optimizer.state_dict() for key, (optimizer, _) in optimizers.items()}
             save(state)
     progress.close()
+
+
+def spoiled_gradients(optimizers: dict) -> list[str]:
+    """Names of the parameters whose gradient's norm is infinite or a NaN. (Of bf16 it takes a 15th of ``isfinite``.)"""
+    parameters = {n: p for optimizer, _ in optimizers.values() for n, p in optimizer.parameters.items()}
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    if not gradients:
+        return []
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(gradients.values()))])
+    return [name for name, finite in zip(gradients, norms.isfinite().tolist(), strict=True) if not finite]
 
 
 def scalars(losses: dict) -> dict[str, float]:
