@@ -1,4 +1,4 @@
-"""A checkpoint directory into another form, tensor by tensor: no more than one shard is in memory at a time.
+"""A checkpoint directory into another form, tensor by tensor: in memory are one shard that is read and one to be written.
 
 Forms: "hf", one tensor an expert and projection, as Transformers and the serving engines read it; "native", a layer's
 experts fused as they are in memory; "fp8", as "hf" with e4m3 weights and a scale for every 128 x 128 block.
@@ -97,22 +97,26 @@ class _Reader:
             tensor = self.stored.read(name)
             if tensor.dtype == torch.float8_e4m3fn:
                 return dequantize_fp8(tensor, self.stored.read(name + SCALE), dtype)
-            return tensor.to(dtype)
+            return tensor.to(dtype, copy=True)  # or its file would stay mapped
         parts = self._parts(name)
         if isinstance(parts[0][1], str):  # experts one by one: stack them
             experts, kinds = self.model.config.n_routed_experts, [part for _, part in parts]
             prefix = name.rpartition(".")[0]
-            rows = [torch.cat([self.full(f"{prefix}.{k}.{kind}", dtype) for kind in kinds]) for k in range(experts)]
-            return torch.stack(rows)
+            whole = None
+            for k in range(experts):
+                one = torch.cat([self.full(f"{prefix}.{k}.{kind}", dtype) for kind in kinds])
+                whole = one.new_empty(experts, *one.shape) if whole is None else whole
+                whole[k] = one
+            return whole
         (whole, index), *_ = parts
-        return self.stored.read(whole)[index].to(dtype)
+        return self.stored.read(whole)[index].to(dtype, copy=True)
 
     def fp8(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(weight, scales), quantised here unless they are stored so."""
         if self._last is None or self._last[0] != name:
             there = self.stored.tensors.get(name)
             if there is not None and there.dtype == torch.float8_e4m3fn:
-                pair = self.stored.read(name), self.stored.read(name + SCALE)
+                pair = self.stored.read(name).clone(), self.stored.read(name + SCALE).clone()
             else:
                 pair = quantize_fp8(self.full(name, torch.float32))
             self._last = name, pair

@@ -3,7 +3,6 @@ mean is not known here."""
 
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +41,8 @@ class StoredTensor:
 
 
 class SafetensorsFolder:
-    """The tensors of ``folder``, by name, as a context manager. Opens every file once; loads nothing before ``read``.
+    """The tensors of ``folder``, by name, as a context manager. Loads nothing before ``read``, and maps one file at a time:
+    what has been read of a mapped file counts as memory.
 
     Raises CheckpointFilesError when there is no checkpoint, a file is missing or damaged, or the index and the files differ.
     """
@@ -52,24 +52,30 @@ class SafetensorsFolder:
         if not self.folder.is_dir():
             raise CheckpointFilesError(f"{self.folder} is not a directory")
         self.tensors: dict[str, StoredTensor] = {}
-        self._open: dict[str, safe_open] = {}
-        self._stack = ExitStack()
+        self._mapped: tuple[str, safe_open] | None = None
 
     def __enter__(self):
-        try:
-            self._read_headers()
-        except BaseException:
-            self._stack.close()
-            raise
+        self._read_headers()
         return self
 
     def __exit__(self, *_):
-        self._open.clear()
-        self._stack.close()
+        if self._mapped is not None:
+            self._mapped[1].__exit__(None, None, None)
+        self._mapped = None
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor, mapped from its file: copy what is to stay."""
-        return self._open[self.tensors[name].file].get_tensor(name)
+        """The tensor, mapped from its file, which stays mapped as long as the tensor is there: copy what is to stay."""
+        file = self.tensors[name].file
+        if self._mapped is None or self._mapped[0] != file:
+            self.__exit__()
+            self._mapped = file, self._open(file)
+        return self._mapped[1].get_tensor(name)
+
+    def _open(self, file: str) -> safe_open:
+        try:
+            return safe_open(self.folder / file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointFilesError(f"{self.folder / file} is damaged or not a safetensors file: {error}") from None
 
     def files(self) -> dict[str, list[str]]:
         """file name -> names of its tensors, in the order in which they lie there."""
@@ -84,15 +90,11 @@ class SafetensorsFolder:
             path = self.folder / file
             if not path.is_file():
                 raise CheckpointFilesError(f"{path} is missing" + (f"; {INDEX} names it" if index else ""))
-            try:
-                opened = self._stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointFilesError(f"{path} is damaged or not a safetensors file: {error}") from None
-            self._open[file] = opened
-            for name in opened.keys():
-                part = opened.get_slice(name)
-                dtype = _DTYPES.get(part.get_dtype(), part.get_dtype())
-                self.tensors[name] = StoredTensor(file, tuple(part.get_shape()), dtype)
+            with self._open(file) as opened:
+                for name in opened.keys():
+                    part = opened.get_slice(name)
+                    dtype = _DTYPES.get(part.get_dtype(), part.get_dtype())
+                    self.tensors[name] = StoredTensor(file, tuple(part.get_shape()), dtype)
         if index:
             strays = [f"{n} (in {f})" for n, f in index.items() if n not in self.tensors or self.tensors[n].file != f]
             if strays:
