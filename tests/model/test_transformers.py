@@ -12,6 +12,8 @@ import torch
 
 pytest.importorskip("transformers.models.glm_moe_dsa", reason="needs: pip install -c constraints.txt transformers")
 
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 from transformers import GlmMoeDsaForCausalLM  # noqa: E402
 
 from glm5.model.batches import flat_rows  # noqa: E402
@@ -68,6 +70,90 @@ def close(ours, theirs, real):
 @CONFIG
 def test_prefill(tmp_path, name):
     compare(*both(tmp_path, name), shapes.random_tokens(2, 70))
+
+
+@st.composite
+def configurations(draw) -> dict:
+    """Any small model that Transformers can run, within the rope types that there are here."""
+
+    def number(low, high):
+        return draw(st.integers(low, high))
+
+    layers, heads, groups, rope = number(1, 4), number(1, 5), number(1, 3), 2 * number(1, 8)
+    per_group = number(2, 4)
+    kept = number(1, groups)
+    config = dict(
+        vocab_size=number(8, 200),
+        hidden_size=number(8, 70),
+        intermediate_size=number(1, 70),
+        moe_intermediate_size=number(1, 50),
+        num_hidden_layers=layers,
+        first_k_dense_replace=number(0, layers + 1),
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        q_lora_rank=number(1, 40),
+        kv_lora_rank=number(1, 40),
+        qk_nope_head_dim=number(1, 40),
+        qk_rope_head_dim=rope,
+        v_head_dim=number(1, 40),
+        index_n_heads=number(1, 33),
+        index_head_dim=rope + number(0, 30),
+        index_topk=number(1, 50),
+        n_group=groups,
+        topk_group=kept,
+        n_routed_experts=groups * per_group,
+        num_experts_per_tok=number(1, kept * per_group),
+        n_shared_experts=number(0, 3),
+        experts_implementation="eager",  # its default wants sizes that are multiples of 4
+        norm_topk_prob=draw(st.booleans()),
+        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5, 0.3])),
+        attention_bias=draw(st.booleans()),
+        tie_word_embeddings=draw(st.booleans()),
+        rms_norm_eps=draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
+        max_position_embeddings=draw(st.sampled_from([64, 100, 2048])),
+    )
+    kinds = st.lists(st.sampled_from(["full", "shared"]), min_size=layers - 1, max_size=layers - 1)
+    config |= draw(
+        st.one_of(
+            st.just({}),
+            kinds.map(lambda rest: {"indexer_types": ["full", *rest]}),
+            kinds.map(lambda rest: {"index_topk_pattern": "F" + "".join(k[0].upper() for k in rest)}),
+            st.builds(
+                lambda f, o: {"index_topk_freq": f, "index_skip_topk_offset": o}, st.integers(0, 4), st.integers(1, 4)
+            ),
+        )
+    )
+    if draw(st.booleans()):
+        config["mlp_layer_types"] = draw(st.lists(st.sampled_from(["dense", "sparse"]), min_size=layers, max_size=layers))
+    theta, factor = draw(st.sampled_from([1e2, 1e4, 8e6])), draw(st.sampled_from([1.0, 2.0, 40.0]))
+    yarn = st.fixed_dictionaries(
+        {"rope_type": st.just("yarn"), "original_max_position_embeddings": st.sampled_from([32, 64, 1024])},
+        optional={
+            "beta_fast": st.sampled_from([4.0, 32.0]),
+            "beta_slow": st.sampled_from([0.5, 1.0]),
+            "mscale": st.sampled_from([0.7, 1.0]),
+            "mscale_all_dim": st.sampled_from([0.7, 1.0]),
+            "attention_factor": st.sampled_from([1.0, 1.3]),
+            "truncate": st.booleans(),
+        },
+    )
+    config["rope_parameters"] = {"rope_theta": theta} | draw(
+        st.one_of(
+            st.just({"rope_type": "default"}),
+            st.just({"rope_type": "linear", "factor": factor}),
+            yarn.map(lambda rope: rope | {"factor": factor}),
+        )
+    )
+    return config
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(configurations(), st.integers(1, 60), st.integers(0, 2**16))
+def test_any_configuration(tmp_path_factory, config, time, seed):
+    model = tm.theirs(seed, **config)
+    mine = tm.ours(model, tmp_path_factory.mktemp("checkpoint"))
+    compare(model, mine, torch.randint(0, config["vocab_size"], (2, time)))
 
 
 @pytest.mark.parametrize("time", [1, 2, 15, 16, 17])
