@@ -8,7 +8,15 @@ from safetensors.torch import load_file
 
 from glm5 import Glm5ForCausalLM
 from glm5.model.conversion import convert_checkpoint
-from tests.model.test_pretrained import FP8_SHAPES, assert_same, contents, fp8_folder, randomized
+from tests.model.test_pretrained import (
+    FP8_SHAPES,
+    assert_same,
+    change_tensors,
+    contents,
+    fp8_folder,
+    fuse_fp8_experts,
+    randomized,
+)
 
 
 def tensors_of(folder):
@@ -68,6 +76,24 @@ def test_to_fp8_and_back(tmp_path, fused):
     convert_checkpoint(tmp_path / "fp8", tmp_path / "wide", "native")
     assert_same(Glm5ForCausalLM.from_pretrained(tmp_path / "wide"), near)
     assert "quantization_config" not in json.loads((tmp_path / "wide/config.json").read_text())
+
+
+@pytest.mark.parametrize("form", ["hf", "native"])
+def test_fp8_experts_in_one_piece(tmp_path, form):
+    randomized(torch.bfloat16, **FP8_SHAPES).save_pretrained(tmp_path / "a")
+    change_tensors(tmp_path / "a", fuse_fp8_experts)
+    convert_checkpoint(tmp_path / "a", tmp_path / "b", form)
+    assert_same(Glm5ForCausalLM.from_pretrained(tmp_path / "b"), Glm5ForCausalLM.from_pretrained(tmp_path / "a"))
+
+
+def test_a_head_of_its_own_in_the_mtp_layer_is_not_dropped_silently(tmp_path):
+    randomized().save_pretrained(tmp_path / "a")
+    head = "model.layers.3.shared_head.head.weight"
+    change_tensors(tmp_path / "a", lambda tensors: tensors | {head: tensors["lm_head.weight"].clone()})
+    convert_checkpoint(tmp_path / "a", tmp_path / "b", "hf")
+    change_tensors(tmp_path / "a", lambda tensors: tensors | {head: tensors["lm_head.weight"] + 1})
+    with pytest.raises(ValueError, match="shared_head.head.weight differs from lm_head.weight"):
+        convert_checkpoint(tmp_path / "a", tmp_path / "b", "hf")
 
 
 def test_dtype(tmp_path):

@@ -266,6 +266,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 def test_unknown_options():
     with pytest.raises(ValueError, match="fp8 is 'int4'"):
         Glm5ForCausalLM.from_pretrained("nowhere", fp8="int4")
+    with pytest.raises(ValueError, match="dtype is torch.float16, want one of torch.float32, torch.bfloat16"):
+        Glm5ForCausalLM.from_pretrained("nowhere", dtype=torch.float16)
 
 
 def test_an_mtp_layer_that_was_dropped_is_told_of(tmp_path):
@@ -347,6 +349,80 @@ def test_fp8_weights_are_kept(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "b/config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
 
 
+def change_tensors(folder: Path, change) -> None:
+    """Rewrites the one file of a checkpoint with ``change(its tensors)``."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file)
+
+
+@pytest.mark.filterwarnings("ignore:FP8 weights are dequantised on every use")
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float8_e8m0fnu])
+def test_narrow_fp8_scales(tmp_path, scale_dtype):
+    """DeepSeek's later checkpoints have powers of two (ue8m0), some converters write bf16."""
+    fp8_folder(tmp_path / "a")
+    narrow = {}
+
+    def change(tensors):
+        for name in tensors:
+            if name.endswith("_scale_inv"):
+                narrow[name] = tensors[name].to(scale_dtype)
+        return tensors | narrow
+
+    change_tensors(tmp_path / "a", change)
+    wide = Glm5ForCausalLM.from_pretrained(tmp_path / "a")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    with SafetensorsFolder(tmp_path / "a") as stored:
+        want = dequantize_fp8(stored.read(name), narrow[name + "_scale_inv"].float(), torch.bfloat16)
+    assert torch.equal(wide.get_parameter(name), want)
+
+    kept = Glm5ForCausalLM.from_pretrained(tmp_path / "a", fp8="keep")
+    ids = shapes.random_tokens(1, 20)
+    assert torch.equal(kept(ids).logits, wide(ids).logits)
+    kept.save_pretrained(tmp_path / "b")
+    for name, tensor in load_file(tmp_path / "b/model.safetensors").items():
+        if name in narrow:
+            assert tensor.dtype == scale_dtype and torch.equal(tensor.float(), narrow[name].float())
+    kept.bfloat16()
+    assert torch.equal(kept(ids).logits, wide(ids).logits)
+
+
+def fuse_fp8_experts(tensors: dict) -> dict:
+    """Quantises each layer's experts in one piece; the numbers are not those of the experts one by one."""
+    layers = {name.partition(".experts.")[0] for name in tensors if ".mlp.experts." in name}
+    for layer in layers:
+
+        def taken(part, layer=layer, tensors=tensors):
+            return torch.stack([tensors.pop(f"{layer}.experts.{k}.{part}.weight").float() for k in range(6)])
+
+        for kind, weight in (
+            ("gate_up_proj", torch.cat([taken("gate_proj"), taken("up_proj")], 1)),
+            ("down_proj", taken("down_proj")),
+        ):
+            whole, scale = quantize_fp8(weight)
+            tensors |= {f"{layer}.experts.{kind}": whole, f"{layer}.experts.{kind}_scale_inv": scale}
+    return tensors
+
+
+def test_fp8_experts_in_one_piece(tmp_path):
+    randomized(torch.bfloat16, **FP8_SHAPES).save_pretrained(tmp_path)
+    change_tensors(tmp_path, fuse_fp8_experts)
+    tensors = load_file(tmp_path / "model.safetensors")
+    got = Glm5ForCausalLM.from_pretrained(tmp_path)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    want = dequantize_fp8(tensors[name], tensors[name + "_scale_inv"], torch.bfloat16)
+    assert torch.equal(got.get_parameter(name), want)
+    with pytest.raises(PretrainedError, match="gate_up_proj is FP8 and in one piece, .* fp8='dequantize'"):
+        Glm5ForCausalLM.from_pretrained(tmp_path, fp8="keep")
+
+
+@pytest.mark.filterwarnings("ignore:FP8 weights are dequantised on every use")
+def test_kept_fp8_experts_are_written_one_by_one(tmp_path):
+    fp8_folder(tmp_path / "a")
+    model = Glm5ForCausalLM.from_pretrained(tmp_path / "a", fp8="keep")
+    model.save_pretrained(tmp_path / "b", fused_experts=True)
+    assert_same(Glm5ForCausalLM.from_pretrained(tmp_path / "b", fp8="keep"), model)
+
+
 @pytest.mark.filterwarnings("ignore:FP8 weights are dequantised on every use")
 def test_casting_a_model_leaves_its_fp8_weights(tmp_path):
     fp8_folder(tmp_path)
@@ -374,7 +450,7 @@ def test_fp8_scales_that_do_not_fit_are_listed(tmp_path):
         with pytest.raises(PretrainedError) as caught:
             Glm5ForCausalLM.from_pretrained(tmp_path, fp8=fp8)
         assert "up_proj.weight_scale_inv is missing" in str(caught.value)
-        assert f"{name} is torch.float32 [1, 2], want torch.float32 [2, 2]" in str(caught.value)
+        assert f"{name} is torch.float32 [1, 2], want [2, 2] in one of float32, bfloat16" in str(caught.value)
         assert "model.norm.weight_scale_inv is in model.safetensors and not in the model" in str(caught.value)
 
 
@@ -382,7 +458,11 @@ def test_other_quantisations_are_refused(tmp_path):
     fp8_folder(tmp_path)
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
-    for quantization in ({"quant_method": "gptq"}, {"quant_method": "fp8", "weight_block_size": [64, 64]}):
+    for quantization in (
+        {"quant_method": "gptq"},
+        {"quant_method": "fp8", "weight_block_size": [64, 64]},
+        {"quant_method": "fp8", "weight_block_size": None},
+    ):
         path.write_text(json.dumps(values | {"quantization_config": quantization}))
         with pytest.raises(PretrainedError, match="quantization_config has quant_method"):
             Glm5ForCausalLM.from_pretrained(tmp_path)

@@ -11,7 +11,7 @@ import torch
 
 from glm5.model.causal_lm import Glm5ForCausalLM
 from glm5.model.fp8 import BLOCK, dequantize_fp8, quantize_fp8, scale_shape
-from glm5.model.pretrained import SCALE, Progress, checkpoint_views, opened_checkpoint, write_config
+from glm5.model.pretrained import SCALE, Progress, check_copies, checkpoint_views, opened_checkpoint, write_config
 from glm5.model.safetensors_folder import INDEX, SafetensorsFolder, TensorToWrite, write_safetensors
 
 FORMS = ("hf", "native", "fp8")
@@ -50,6 +50,7 @@ def convert_checkpoint(
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"convert: {target} is the source itself, want another directory")
     with opened_checkpoint(source, dtype, Glm5ForCausalLM) as (model, stored, extra):
+        check_copies(model.config, stored)
         extra.pop("quantization_config", None)
         tensors = _tensors(model, stored, form, dtype)
         if form == "fp8":
@@ -94,10 +95,7 @@ class _Reader:
 
     def full(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         if name in self.stored.tensors:
-            tensor = self.stored.read(name)
-            if tensor.dtype == torch.float8_e4m3fn:
-                return dequantize_fp8(tensor, self.stored.read(name + SCALE), dtype)
-            return tensor.to(dtype, copy=True)  # or its file would stay mapped
+            return self._converted(name, dtype)
         parts = self._parts(name)
         if isinstance(parts[0][1], str):  # experts one by one: stack them
             experts, kinds = self.model.config.n_routed_experts, [part for _, part in parts]
@@ -108,28 +106,35 @@ class _Reader:
                 whole = one.new_empty(experts, *one.shape) if whole is None else whole
                 whole[k] = one
             return whole
-        (whole, index), *_ = parts
-        return self.stored.read(whole)[index].to(dtype, copy=True)
+        ((whole, (expert, rows)),) = parts
+        return self._converted(whole, dtype, expert)[rows]
+
+    def _converted(self, name: str, dtype: torch.dtype, index=slice(None)) -> torch.Tensor:
+        """What is stored under a name, or of a fused tensor one expert's."""
+        tensor = self.stored.read(name)[index]
+        if tensor.dtype == torch.float8_e4m3fn:
+            return dequantize_fp8(tensor, self.stored.read(name + SCALE)[index], dtype)
+        return tensor.to(dtype, copy=True)  # or its file would stay mapped
 
     def fp8(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(weight, scales), quantised here unless they are stored so."""
         if self._last is None or self._last[0] != name:
             there = self.stored.tensors.get(name)
             if there is not None and there.dtype == torch.float8_e4m3fn:
-                pair = self.stored.read(name).clone(), self.stored.read(name + SCALE).clone()
+                pair = self.stored.read(name).clone(), self.stored.read(name + SCALE).to(torch.float32, copy=True)
             else:
                 pair = quantize_fp8(self.full(name, torch.float32))
             self._last = name, pair
         return self._last[1]
 
     def _parts(self, name: str) -> list[tuple]:
-        """Where a tensor is that is not stored under its own name: [(stored name, index or expert part)]."""
+        """Where a tensor is that is not stored under its own name: [(fused name, (expert, rows))] or [(name, part), ...]."""
         prefix, _, kind = name.rpartition(".")
         if kind in ("gate_up_proj", "down_proj"):
             kinds = ("gate_proj.weight", "up_proj.weight") if kind == "gate_up_proj" else ("down_proj.weight",)
             return [(f"{prefix}.0.{part}", part) for part in kinds]
         prefix, expert, projection, _ = name.rsplit(".", 3)
         if projection == "down_proj":
-            return [(f"{prefix}.down_proj", int(expert))]
+            return [(f"{prefix}.down_proj", (int(expert), slice(None)))]
         half = slice(self.width) if projection == "gate_proj" else slice(self.width, None)
         return [(f"{prefix}.gate_up_proj", (int(expert), half))]

@@ -1,7 +1,7 @@
-"""Block-scaled FP8 weights: e4m3 with one float32 scale for every 128 x 128 block (DeepSeek-V3, 2412.19437, section 3.3.2).
+"""Block-scaled FP8 weights: e4m3 with one scale for every 128 x 128 block (DeepSeek-V3, 2412.19437, section 3.3.2).
 
-In a checkpoint a weight [N, K] comes as ``weight`` (float8_e4m3fn) and ``weight_scale_inv`` (float32, [ceil(N/128),
-ceil(K/128)]); its value is weight * weight_scale_inv, block by block.
+In a checkpoint a weight [N, K] comes as ``weight`` (float8_e4m3fn) and ``weight_scale_inv`` (float32, or narrower: bfloat16,
+or the powers of two of float8_e8m0fnu; [ceil(N/128), ceil(K/128)]); its value is weight * weight_scale_inv, block by block.
 """
 
 import warnings
@@ -13,6 +13,7 @@ from glm5 import ops
 from glm5.model.config import Glm5Config
 
 BLOCK = 128
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
 _LARGEST = 448.0  # of e4m3
 _told = False
 
@@ -28,9 +29,9 @@ def _spread(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def dequantize_fp8(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight [..., N, K] float8_e4m3fn, scale [..., ceil(N/128), ceil(K/128)] float32 -> [..., N, K]: the float32 product,
-    rounded once to ``dtype``."""
-    return (weight.to(torch.float32) * _spread(scale, weight.shape)).to(dtype)
+    """weight [..., N, K] float8_e4m3fn, scale [..., ceil(N/128), ceil(K/128)] in one of SCALE_DTYPES -> [..., N, K]: the
+    float32 product, rounded once to ``dtype``."""
+    return (weight.to(torch.float32) * _spread(scale.float(), weight.shape)).to(dtype)
 
 
 def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from glm5._files import write_atomically
 from glm5.model.config import Glm5Config
-from glm5.model.fp8 import BLOCK, Fp8Experts, Fp8Linear, dequantize_fp8, scale_shape
+from glm5.model.fp8 import BLOCK, SCALE_DTYPES, Fp8Experts, Fp8Linear, dequantize_fp8, scale_shape
 from glm5.model.hf_config import config_from_hf, config_to_hf
 from glm5.model.layers import Experts, Linear
 from glm5.model.safetensors_folder import SafetensorsFolder, StoredTensor, TensorToWrite, write_safetensors
@@ -26,7 +26,8 @@ Progress = Callable[[int, int], None]
 SCALE = "_scale_inv"
 # Small weights that some checkpoints keep in float32 beside bf16 ones; kept so, because rounding them moves choices.
 _FLOAT32_TOO = ("indexer.weights_proj.weight", "mlp.gate.weight")
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_COMPUTED = (torch.float32, torch.bfloat16, torch.float64)
+_FLOATING = (*_COMPUTED, torch.float16)
 
 
 class PretrainedError(ValueError):
@@ -52,13 +53,12 @@ def read_config(folder: Path) -> tuple[Glm5Config, dict]:
 
 def checkpoint_views(model: nn.Module, fused_experts: bool = False) -> dict[str, torch.Tensor]:
     """The model's tensors under the names and in the shapes that a checkpoint has: views, so that writing to one writes to
-    the model. ``fused_experts`` keeps [E, 2I, H] and [E, H, I] in one piece."""
+    the model. ``fused_experts`` keeps [E, 2I, H] and [E, H, I] in one piece, where they are not FP8."""
     views = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
-    if not fused_experts:
-        for name, module in model.named_modules():
-            if isinstance(module, Experts | Fp8Experts):
-                parts = {n: views.pop(f"{name}.{n}") for n in list(module.state_dict())}
-                views |= {f"{name}.{n}": view for n, view in _per_expert(parts).items()}
+    for name, module in model.named_modules():
+        if isinstance(module, Fp8Experts) or isinstance(module, Experts) and not fused_experts:
+            parts = {n: views.pop(f"{name}.{n}") for n in list(module.state_dict())}
+            views |= {f"{name}.{n}": view for n, view in _per_expert(parts).items()}
     return dict(sorted(views.items(), key=lambda item: _reading_order(item[0])))
 
 
@@ -110,13 +110,15 @@ def opened_checkpoint(folder: Path | str, dtype: torch.dtype | None, model_class
     Raises PretrainedError or CheckpointFilesError as ``Glm5ForCausalLM.from_pretrained`` says.
     """
     folder = Path(folder)
+    if dtype not in (None, *_COMPUTED):
+        raise ValueError(f"{folder}: dtype is {dtype}, want one of {', '.join(map(str, _COMPUTED))}")
     config, extra = read_config(folder)
     _check_quantization(folder, extra)
     with SafetensorsFolder(folder) as stored:
         config = _with_mtp_as_stored(config, stored)
         model = model_class(config, dtype=dtype or _dtype(folder, extra, stored), device="meta")
         _follow_stored_dtypes(model, stored, keep_fp8)
-        _compare(folder, model, stored)
+        _compare(folder, model, stored, keep_fp8)
         yield model, stored, extra
 
 
@@ -150,7 +152,7 @@ def _check_quantization(folder: Path, extra: dict) -> None:
     if quantization is None:
         return
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size", [BLOCK, BLOCK])
-    if method != "fp8" or list(block) != [BLOCK, BLOCK]:
+    if method != "fp8" or block is None or list(block) != [BLOCK, BLOCK]:
         raise PretrainedError(
             f"{folder / 'config.json'}: quantization_config has quant_method {method!r} and weight_block_size {block}, "
             f"want 'fp8' with [{BLOCK}, {BLOCK}], or no quantisation"
@@ -174,7 +176,7 @@ def _dtype(folder: Path, extra: dict, stored: SafetensorsFolder) -> torch.dtype:
     found = getattr(torch, name, None) if isinstance(name, str) else None
     if found is None:
         found = next((t.dtype for n, t in stored.tensors.items() if n == "model.norm.weight"), torch.bfloat16)
-    if found not in (torch.float32, torch.bfloat16, torch.float64):
+    if found not in _COMPUTED:
         raise PretrainedError(
             f"{folder}: the weights are {found}, for which there are no ops; pass dtype=torch.bfloat16 or float32"
         )
@@ -186,9 +188,11 @@ def _follow_stored_dtypes(model: nn.Module, stored: SafetensorsFolder, keep_fp8:
     for name, module in list(model.named_modules()):
         if keep_fp8 and isinstance(module, Linear) and _is_fp8(stored, f"{name}.weight"):
             out_features, in_features = module.weight.shape
-            _replace(model, name, Fp8Linear(in_features, out_features, module.bias, module.weight.dtype))
+            kept = Fp8Linear(in_features, out_features, module.bias, module.weight.dtype)
+            _replace(model, name, kept, _scale_dtype(stored, f"{name}.weight"))
         elif keep_fp8 and isinstance(module, Experts) and _is_fp8(stored, f"{name}.0.gate_proj.weight"):
-            _replace(model, name, Fp8Experts(model.config, module.down_proj.dtype))
+            kept = Fp8Experts(model.config, module.down_proj.dtype)
+            _replace(model, name, kept, _scale_dtype(stored, f"{name}.0.gate_proj.weight"))
         elif f"{name}.weight".endswith(_FLOAT32_TOO) and module.weight.dtype == torch.bfloat16:
             there = stored.tensors.get(f"{name}.weight")
             if there is not None and there.dtype == torch.float32:
@@ -200,9 +204,30 @@ def _is_fp8(stored: SafetensorsFolder, name: str) -> bool:
     return there is not None and there.dtype == torch.float8_e4m3fn
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def _scale_dtype(stored: SafetensorsFolder, name: str) -> torch.dtype:
+    """Of an FP8 weight's scales; float32 where they are missing or of a kind that is refused later."""
+    there = stored.tensors.get(name + SCALE)
+    return there.dtype if there is not None and there.dtype in SCALE_DTYPES else torch.float32
+
+
+def _replace(model: nn.Module, name: str, module: Fp8Linear | Fp8Experts, scale_dtype: torch.dtype) -> None:
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module.to("meta"))
+    for buffer_name, buffer in module.named_buffers(recurse=False):
+        if buffer_name.endswith(SCALE):
+            setattr(module, buffer_name, buffer.to(scale_dtype))
+
+
+def check_copies(config: Glm5Config, stored: SafetensorsFolder) -> None:
+    """Raises PretrainedError when a tensor that the model shares differs from what it repeats."""
+    for name, original in _copies(config).items():
+        if name in stored.tensors:
+            _check_copy(stored, name, original)
+
+
+def _check_copy(stored: SafetensorsFolder, name: str, original: str) -> None:
+    if not torch.equal(stored.read(name), stored.read(original)):
+        raise PretrainedError(f"{stored.folder}: {name} differs from {original}, which this model shares")
 
 
 def _copies(config: Glm5Config) -> dict[str, str]:
@@ -216,7 +241,7 @@ def _copies(config: Glm5Config) -> dict[str, str]:
     return copies
 
 
-def _compare(folder: Path, model: nn.Module, stored: SafetensorsFolder) -> None:
+def _compare(folder: Path, model: nn.Module, stored: SafetensorsFolder, keep_fp8: bool) -> None:
     """Raises PretrainedError listing every tensor that is missing, extra, misshapen or of a dtype that cannot be read."""
     wanted = checkpoint_views(model)
     fused = checkpoint_views(model, fused_experts=True)
@@ -230,11 +255,10 @@ def _compare(folder: Path, model: nn.Module, stored: SafetensorsFolder) -> None:
             scale = stored.tensors.get(name + SCALE)
             if scale is None:
                 wrong.append(f"{name} is float8_e4m3fn and {name + SCALE} is missing")
-            elif scale.shape != scale_shape(shape) or scale.dtype != torch.float32:
-                wrong.append(
-                    f"{name + SCALE} is {scale.dtype} {list(scale.shape)}, want torch.float32 {list(scale_shape(shape))}"
-                )
-        elif there.dtype not in _FLOATING:
+            elif scale.shape != scale_shape(shape) or scale.dtype not in SCALE_DTYPES:
+                dtypes, size = ", ".join(str(d).removeprefix("torch.") for d in SCALE_DTYPES), list(scale_shape(shape))
+                wrong.append(f"{name + SCALE} is {scale.dtype} {list(scale.shape)}, want {size} in one of {dtypes}")
+        elif there.dtype not in (SCALE_DTYPES if name.endswith(SCALE) else _FLOATING):
             wrong.append(f"{name} has dtype {there.dtype}, want a floating one")
 
     seen = set()
@@ -246,11 +270,13 @@ def _compare(folder: Path, model: nn.Module, stored: SafetensorsFolder) -> None:
         elif name in fused:
             check(name, there, tuple(fused[name].shape))
             seen |= set(_parts_of(name, wanted))
+            if keep_fp8 and there.dtype == torch.float8_e4m3fn:
+                wrong.append(f"{name} is FP8 and in one piece, which can only be read with fp8='dequantize'")
         elif 0 in there.shape:
             continue  # Transformers writes the weights of shared experts that have no width
         elif name in copies:
             check(name, there, tuple(wanted[copies[name]].shape))
-        elif base == name or not _is_fp8(stored, base) or base not in wanted:
+        elif base == name or not _is_fp8(stored, base) or base not in wanted and base not in fused:
             wrong.append(f"{name} is in {there.file} and not in the model")
     wrong += [f"{name} is missing" for name in wanted if name not in seen]
     if wrong:
@@ -275,8 +301,7 @@ def _fill(model: nn.Module, stored: SafetensorsFolder, progress: Progress) -> No
             tensor = stored.read(name)
             done += tensor.numel()
             if name in copies:
-                if not torch.equal(tensor, stored.read(copies[name])):
-                    raise PretrainedError(f"{stored.folder}: {name} differs from {copies[name]}, which this model shares")
+                _check_copy(stored, name, copies[name])
             elif name in views:
                 view = views[name]
                 if tensor.dtype == torch.float8_e4m3fn and view.dtype != tensor.dtype:
