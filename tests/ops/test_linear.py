@@ -127,7 +127,7 @@ def test_slices_of_wider_tensors(isa, dtype):
 
 
 def test_every_microkernel_runs(isa):
-    """Every register tile of this instruction set, few rows too, with rows of A packed and read in place."""
+    """Every register tile of this instruction set, few rows too, sums resumed and joined over parts and blocks of k."""
     rows, few = {"portable": (4, 4), "avx2": (6, 4)}.get(isa, (12, 8))
     seen = {}
     for m in range(1, rows + 1):
@@ -145,9 +145,15 @@ def test_every_microkernel_runs(isa):
     with _native.counted_paths() as counts:
         ops.linear(gaussian(0, 13, 5, dtype=torch.float32), gaussian(1, 3, 5, dtype=torch.float32))
         ops.linear(gaussian(0, 1, 64, dtype=torch.float32), gaussian(1, 3, 64, dtype=torch.float32))
+        x, w = gaussian(0, 40, 1100, dtype=torch.float32), gaussian(1, 70, 1100, dtype=torch.float32)
+        whole = ops.linear(x, w)
+        assert relative_error(whole, reference.linear(x.double(), w.double())) < 1e-6
+        assert same_bits(whole[7:8], ops.linear(x[7:8], w))
+        assert same_bits(whole[:, 66:], ops.linear(x, w[66:]))
     seen.update(counts)
     wanted = {f"gemm {m}x{n}" for m in range(1, rows + 1) for n in (1, 2)} | {f"gemm lines {m}" for m in range(1, few + 1)}
-    wanted |= {"gemm direct A", "gemm packed A", "gemm lines direct A", "gemm lines packed A"}
+    wanted |= {"gemm block in parts", "gemm joins block", "gemm joins last block"}
+    wanted |= {"gemm lines direct A", "gemm lines packed A"}
     assert wanted <= seen.keys(), wanted - seen.keys()
 
 

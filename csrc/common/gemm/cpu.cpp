@@ -21,9 +21,16 @@ constexpr int kAheadBytes = 6 * 64;
 constexpr int kLineRows = GLM5_ISA_LEVEL == 2 ? 8 : 4, kLinePanels = GLM5_ISA_LEVEL == 2 ? 1 : 2;
 constexpr int64_t kLinesAheadBytes = 8 * 64, kLinesTaskBytes = 1 << 20;
 constexpr int kScratchTasks = 4, kScratchA = 5, kScratchB = 6, kScratchC = 7;
-// The largest tile. A packed stripe of B (half a megabyte of float32) and the sums of the tile stay in the L2 cache; B is
-// packed once for so many rows that it costs little. A is packed kMaxRows rows at a time and stays in L1.
-constexpr int64_t kTileRows = 576, kTileCols = 256;
+// The largest tile. A block of its rows, packed, stays in L2 (a megabyte of float32); B is packed strip by strip, as wide as
+// the microkernel.
+constexpr int64_t kTileRows = 576, kTileCols = 512;
+// So many steps of a strip stay in L1 while all rows pass: a block may come in parts. What is packed lies one cache line
+// further apart than that, so that rows and panels do not all fall into the same cache sets.
+constexpr int64_t kPartSteps = 256;
+template <class S>
+constexpr int64_t kRowSize = kPartSteps + 64 / sizeof(S);
+template <class S>
+constexpr int64_t kPanelSize = kPartSteps * Vector<S>::kLanes + 64 / sizeof(S);
 
 // ---- Packing ------------------------------------------------------------------------------------------------------
 
@@ -136,46 +143,60 @@ void pack_rows(const T* a, int64_t m_stride, int64_t k_stride, int64_t k_count, 
 
 // ---- Microkernel --------------------------------------------------------------------------------------------------
 
-template <class S>
-GLM5_INLINE S load_step(const char* p) {
-  S s;
-  std::memcpy(&s, p, sizeof(S));
-  return s;
-}
+// Memory that is fetched while a microkernel runs, a cache line a step: from every 16 steps' first line, lines `inner` bytes
+// apart; these begin 16 `outer` bytes apart.
+struct Fetch {
+  const char* first;
+  int64_t inner, outer;
+};
 
-// out[row][panel][lane] = sum over steps, from zero. a: rows a_row bytes apart; b: panels panel_size slots apart; soon: two
-// rows, soon_row bytes apart, that are read after this.
+// out[row][panel][lane] = sum over steps, from zero or from `start`; plus, in the end, `earlier` where that is not null.
+// a: rows kRowSize slots apart, b: panels kPanelSize.
 template <class K, int kRows, int kPanels>
-__attribute__((noinline)) void multiply(int64_t steps, const char* a, int64_t a_row, const typename K::S* b,
-                                        int64_t panel_size, [[maybe_unused]] const char* soon,
-                                        [[maybe_unused]] int64_t soon_row, typename K::S* out) {
+__attribute__((noinline)) void multiply(int64_t steps, const typename K::S* a, const typename K::S* b,
+                                        const typename K::S* start, const typename K::S* earlier, [[maybe_unused]] Fetch far,
+                                        typename K::S* out) {
   using V = typename K::V;
   using S = typename K::S;
   constexpr int L = V::kLanes;
   V c[kRows][kPanels];
+  if (start) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i)
+    for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < kPanels; ++j) c[i][j] = splat<V>(0);
+      for (int j = 0; j < kPanels; ++j) c[i][j] = load(start + (i * kPanels + j) * L);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kPanels; ++j) c[i][j] = splat<V>(0);
+  }
   for (int64_t s = 0; s < steps; ++s) {
     V bv[kPanels];
 #pragma GCC unroll 4
-    for (int j = 0; j < kPanels; ++j) {
-      bv[j] = load(b + j * panel_size + s * L);
+    for (int j = 0; j < kPanels; ++j) bv[j] = load(b + j * kPanelSize<S>);
 #if GLM5_ISA_LEVEL == 2
-      __builtin_prefetch(b + j * panel_size + (s + 16) * L);  // panels come from L2
-#endif
-    }
-#if GLM5_ISA_LEVEL == 2
-    __builtin_prefetch(soon + s * static_cast<int64_t>(sizeof(S)), 0, 2);
-    __builtin_prefetch(soon + soon_row + s * static_cast<int64_t>(sizeof(S)), 0, 2);
+    __builtin_prefetch(far.first + (s & 15) * far.inner + (s & ~int64_t{15}) * far.outer, 0, 2);
+    // The next group of rows: `a` moves on as well.
+    __builtin_prefetch(reinterpret_cast<const char*>(a + kMaxRows * kRowSize<S>) +
+                       s * (64 - static_cast<int64_t>(sizeof(S))));
 #endif
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const V av = splat<V>(load_step<S>(a + i * a_row + s * static_cast<int64_t>(sizeof(S))));
+      const V av = splat<V>(a[i * kRowSize<S>]);
 #pragma GCC unroll 4
       for (int j = 0; j < kPanels; ++j) c[i][j] = K::step(av, bv[j], c[i][j]);
     }
+    ++a;
+    b += L;
+    as_it_is(a);
+    as_it_is(b);
+  }
+  if (earlier) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kPanels; ++j) c[i][j] = load(earlier + (i * kPanels + j) * L) + c[i][j];
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
@@ -183,15 +204,14 @@ __attribute__((noinline)) void multiply(int64_t steps, const char* a, int64_t a_
     for (int j = 0; j < kPanels; ++j) store(out + (i * kPanels + j) * L, c[i][j]);
 }
 
-template <class K, int kRows>
-GLM5_INLINE void run_multiply(int rows, int panels, int64_t steps, const char* a, int64_t a_row, const typename K::S* b,
-                              int64_t panel_size, const char* soon, int64_t soon_row, typename K::S* out) {
+template <class K, int kRows, class... Args>
+GLM5_INLINE void run_multiply(int rows, int panels, Args... args) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      if (panels == 2) multiply<K, kRows, 2>(steps, a, a_row, b, panel_size, soon, soon_row, out);
-      else multiply<K, kRows, 1>(steps, a, a_row, b, panel_size, soon, soon_row, out);
+      if (panels == 2) multiply<K, kRows, 2>(args...);
+      else multiply<K, kRows, 1>(args...);
     } else {
-      run_multiply<K, kRows - 1>(rows, panels, steps, a, a_row, b, panel_size, soon, soon_row, out);
+      run_multiply<K, kRows - 1>(rows, panels, args...);
     }
   }
 }
@@ -201,23 +221,27 @@ constexpr const char* kPathNames[2][12] = {{"gemm 1x1", "gemm 2x1", "gemm 3x1", 
                                            {"gemm 1x2", "gemm 2x2", "gemm 3x2", "gemm 4x2", "gemm 5x2", "gemm 6x2",
                                             "gemm 7x2", "gemm 8x2", "gemm 9x2", "gemm 10x2", "gemm 11x2", "gemm 12x2"}};
 
-// One row of a block's sums, `cols` of them: joins the earlier blocks' sums and, after the last block, the bias.
+// One row of finished sums, `cols` of them, goes to c.
 template <class T, class V, class S>
-void finish_row(const S* sums, int64_t cols, const S* earlier, S* partial, const T* bias, void* out,
-                bool out_is_accumulator) {
+void finish_row(const S* sums, int64_t cols, const T* bias, void* out, bool out_is_accumulator) {
   constexpr int L = V::kLanes;
   for (int64_t n = 0; n < cols; n += L) {
     const int64_t left = cols - n;
     V v = load(sums + n);
-    if (earlier) v = load_n(earlier + n, left) + v;
-    if (partial) {
-      store_n(partial + n, v, left);
-      continue;
-    }
     if (bias) v = v + load_n(bias + n, left);
     if (out_is_accumulator) store_n(static_cast<S*>(out) + n, v, left);
     else store_n(static_cast<T*>(out) + n, v, left);
   }
+}
+
+// The first steps of a strip of B, on the way to the second or first half of it: of its columns, where they lie along k, else
+// of what the microkernel has of each step.
+template <class T, class K>
+Fetch fetch_strip(const GemmArgs& g, const T* strip, int64_t half) {
+  const int64_t size = sizeof(T);
+  if (g.b_col != 1) return {reinterpret_cast<const char*>(strip + half * 16 * g.b_col), g.b_col * size, K::kPerStep * size};
+  const char* first = reinterpret_cast<const char*>(strip) + half * (K::kPerStep == 1 ? 64 : g.b_row * size);
+  return {first, K::kPerStep * g.b_row * size, K::kPerStep * g.b_row * size};
 }
 
 // ---- One tile: rows [m0, m1), columns [n0, n1), all of k ------------------------------------------------------------
@@ -236,59 +260,73 @@ void run_tile(const GemmArgs& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
   char* c = static_cast<char*>(g.c) + (m0 * g.c_row + n0) * out_size;
   const int64_t rows = m1 - m0, cols = n1 - n0, num_panels = (cols + L - 1) / L;
 
-  const int64_t max_steps = (g.k < kGemmBlockK ? g.k : kGemmBlockK) / K::kPerStep + L;
-  // One vector more than a block, so that rows and panels do not all fall into the same cache sets.
-  const int64_t row_size = (max_steps + L - 1) / L * L + 64 / sizeof(S), panel_size = max_steps * L + 64 / sizeof(S);
-  S* packed_b = static_cast<S*>(thread_scratch(kScratchB, num_panels * panel_size * sizeof(S)));
-  S* packed_a = static_cast<S*>(thread_scratch(kScratchA, kMaxRows * row_size * sizeof(S)));
-  // Sums of the blocks so far: in c itself where it has their type.
-  S* partial = nullptr;
-  int64_t partial_row = g.c_row;
-  if (out_is_accumulator) {
-    partial = reinterpret_cast<S*>(c);
-  } else if (g.k > kGemmBlockK) {
-    partial = static_cast<S*>(thread_scratch(kScratchC, rows * cols * sizeof(S)));
-    partial_row = cols;
-  }
-  alignas(64) S sums[kMaxRows * kMaxPanels * L];
+  const int64_t row_groups = (rows + kMaxRows - 1) / kMaxRows, block_parts = kGemmBlockK / K::kPerStep / kPartSteps;
+  constexpr int64_t kGroupSize = kMaxRows * kRowSize<S>, kPartK = kPartSteps * K::kPerStep;
+  static_assert(kGemmBlockK % kPartK == 0);
+  S* packed_a = static_cast<S*>(thread_scratch(
+      kScratchA, (g.k > kPartK ? block_parts : 1) * row_groups * kGroupSize * static_cast<int64_t>(sizeof(S))));
+  S* packed_b = static_cast<S*>(thread_scratch(kScratchB, kMaxPanels * kPanelSize<S> * static_cast<int64_t>(sizeof(S))));
+  // Sums of the block, for one strip, and of the blocks before it, for all: [strip][group][row][panel][lane].
+  constexpr int64_t kGroupSums = kMaxRows * kMaxPanels * L;
+  const int64_t strip_sums = row_groups * kGroupSums, strips = (num_panels + kMaxPanels - 1) / kMaxPanels;
+  const bool keeps = g.k > kGemmBlockK || g.accumulate;
+  S* sums = static_cast<S*>(
+      thread_scratch(kScratchC, (1 + (keeps ? strips : 0)) * strip_sums * static_cast<int64_t>(sizeof(S))));
 
   for (int64_t k0 = 0; k0 == 0 || k0 < g.k; k0 += kGemmBlockK) {
-    const int64_t k_count = g.k - k0 < kGemmBlockK ? g.k - k0 : kGemmBlockK;
-    const int64_t steps = (k_count + K::kPerStep - 1) / K::kPerStep;
-    const bool joins = k0 > 0 || g.accumulate, last = k0 + kGemmBlockK >= g.k;
-    pack_panels<T, K>(b + k0 * g.b_row, g.b_row, g.b_col, k_count, cols, panel_size, packed_b);
-    // A single group of rows is read where it is, if its elements already look like steps.
-    const bool direct = rows <= kMaxRows && g.a_col == 1 && sizeof(T) * K::kPerStep == sizeof(S) &&
-                        k_count % K::kPerStep == 0;
-    GLM5_COUNT_PATH(direct ? "gemm direct A" : "gemm packed A");
-
-    const int64_t row_groups = (rows + kMaxRows - 1) / kMaxRows;
-    for (int64_t group = 0; group < row_groups; ++group) {
-      const int64_t r0 = group * rows / row_groups, r1 = (group + 1) * rows / row_groups;
-      const T* own_a = a + r0 * g.a_row + k0 * g.a_col;
-      if (!direct) pack_rows<T, K>(own_a, g.a_row, g.a_col, k_count, r1 - r0, row_size, packed_a);
-      const char* rows_a = direct ? reinterpret_cast<const char*>(own_a) : reinterpret_cast<const char*>(packed_a);
-      const int64_t rows_a_stride = direct ? g.a_row * static_cast<int64_t>(sizeof(T))
-                                           : row_size * static_cast<int64_t>(sizeof(S));
-      // After the last group comes the first one of the next block.
-      const bool wraps = group + 1 == row_groups;
-      const T* next_a = wraps ? a + (k0 + k_count) * g.a_col : own_a + (r1 - r0) * g.a_row;
-      for (int64_t p = 0; p < num_panels; p += kMaxPanels) {
-        const int panels = num_panels - p < kMaxPanels ? static_cast<int>(num_panels - p) : kMaxPanels;
-        GLM5_COUNT_PATH(kPathNames[panels - 1][r1 - r0 - 1]);
-        // The rows to be packed next come near while these are multiplied, two at a time.
-        const bool fetches = g.a_col == 1 && p < r1 - r0 && !(wraps && last);
-        const char* soon = fetches ? reinterpret_cast<const char*>(next_a + p * g.a_row) : rows_a;
-        if (joins)
-          for (int64_t r = r0; r < r1; ++r)
-            for (int i = 0; i < panels; ++i) __builtin_prefetch(partial + r * partial_row + (p + i) * L);
-        run_multiply<K, kMaxRows>(static_cast<int>(r1 - r0), panels, steps, rows_a, rows_a_stride, packed_b + p * panel_size,
-                                  panel_size, soon, fetches ? g.a_row * static_cast<int64_t>(sizeof(T)) : 0, sums);
-        const int64_t n = p * L, tile_cols = cols - n < panels * L ? cols - n : panels * L;
-        for (int64_t r = r0; r < r1; ++r)
-          finish_row<T, V, S>(sums + (r - r0) * panels * L, tile_cols, joins ? partial + r * partial_row + n : nullptr,
-                              last ? nullptr : partial + r * partial_row + n, bias ? bias + n : nullptr,
-                              c + (r * g.c_row + n) * out_size, out_is_accumulator);
+    const int64_t k1 = g.k - k0 < kGemmBlockK ? g.k : k0 + kGemmBlockK;
+    const bool joins = k0 > 0 || g.accumulate, last = k1 == g.k;
+    for (int64_t p = 0; p < num_panels; p += kMaxPanels) {
+      const int panels = num_panels - p < kMaxPanels ? static_cast<int>(num_panels - p) : kMaxPanels;
+      const int64_t n = p * L, strip_cols = cols - n < panels * L ? cols - n : panels * L;
+      const T* strip = b + n * g.b_col;
+      for (int64_t k = k0; k == k0 || k < k1; k += kPartK) {
+        const int64_t k_count = k1 - k < kPartK ? k1 - k : kPartK, steps = (k_count + K::kPerStep - 1) / K::kPerStep;
+        const bool resume = k > k0, finish = k + k_count == k1;
+        pack_panels<T, K>(strip + k * g.b_row, g.b_row, g.b_col, k_count, strip_cols, kPanelSize<S>, packed_b);
+        // What is packed next: the strip goes on, or the one beside, or the first one of the next block.
+        const T* next_strip = !finish                       ? strip + (k + k_count) * g.b_row
+                              : p + kMaxPanels < num_panels ? strip + kMaxPanels * L * g.b_col + k0 * g.b_row
+                              : !last                       ? b + k1 * g.b_row
+                                                            : nullptr;
+        S* part_a = packed_a + (k - k0) / kPartK * row_groups * kGroupSize;
+        for (int64_t group = 0; group < row_groups; ++group, part_a += kGroupSize) {
+          const int64_t r0 = group * rows / row_groups, r1 = (group + 1) * rows / row_groups;
+          Fetch far{reinterpret_cast<const char*>(part_a), 0, 0};
+          if (p == 0) {
+            const T* rows_a = a + r0 * g.a_row + k * g.a_col;
+            pack_rows<T, K>(rows_a, g.a_row, g.a_col, k_count, r1 - r0, kRowSize<S>, part_a);
+            if (g.a_col == 1 && group + 1 < row_groups)
+              far = {reinterpret_cast<const char*>(rows_a + (r1 - r0) * g.a_row), g.a_row * static_cast<int64_t>(sizeof(T)),
+                     K::kPerStep * static_cast<int64_t>(sizeof(T))};
+          } else if (next_strip && group < 2) {
+            far = fetch_strip<T, K>(g, next_strip, group);
+          }
+          S *block_sums = sums + group * kGroupSums, *earlier = block_sums + (1 + p / kMaxPanels) * strip_sums;
+          char* out = c + (r0 * g.c_row + n) * out_size;
+          GLM5_COUNT_PATH(kPathNames[panels - 1][r1 - r0 - 1]);
+          if (resume) GLM5_COUNT_PATH("gemm block in parts");
+          if (finish && joins) GLM5_COUNT_PATH(last ? "gemm joins last block" : "gemm joins block");
+          if (finish && k0 == 0 && g.accumulate)
+            for (int64_t r = 0; r < r1 - r0; ++r)
+              for (int i = 0; i < panels; ++i)
+                store(earlier + (r * panels + i) * L,
+                      strip_cols > i * L ? load_n(reinterpret_cast<const S*>(out) + r * g.c_row + i * L, strip_cols - i * L)
+                                         : splat<V>(0));
+          if (finish && joins)
+            for (int64_t i = 0; i < kGroupSums; i += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(earlier + i);
+          if (finish && last)
+            for (int64_t r = 0; r < r1 - r0; ++r)
+              for (int64_t i = 0; i < strip_cols * static_cast<int64_t>(out_size); i += 64)
+                __builtin_prefetch(out + r * g.c_row * static_cast<int64_t>(out_size) + i, 1);
+          run_multiply<K, kMaxRows>(static_cast<int>(r1 - r0), panels, steps, part_a, packed_b,
+                                    resume ? block_sums : nullptr, finish && joins ? earlier : nullptr, far,
+                                    finish && !last ? earlier : block_sums);
+          if (!finish || !last) continue;
+          for (int64_t r = 0; r < r1 - r0; ++r)
+            finish_row<T, V, S>(block_sums + r * panels * L, strip_cols, bias ? bias + n : nullptr,
+                                out + r * g.c_row * static_cast<int64_t>(out_size), out_is_accumulator);
+        }
       }
     }
   }
@@ -413,8 +451,7 @@ void run_lines(const GemmArgs& g, int64_t n0, int64_t n1) {
     const T* b = static_cast<const T*>(g.b) + n * g.b_col;
     run_multiply_lines<T, K, kLineRows>(g.m, g.k, a, b, g.b_col, cols, n + kCols < n1 ? b + kCols * g.b_col : nullptr, sums);
     for (int64_t r = 0; r < g.m; ++r)
-      finish_row<T, V, S>(sums + r * kCols, cols, nullptr, nullptr, bias ? bias + n : nullptr, c + r * g.c_row * out_size,
-                          out_is_accumulator);
+      finish_row<T, V, S>(sums + r * kCols, cols, bias ? bias + n : nullptr, c + r * g.c_row * out_size, out_is_accumulator);
   }
 }
 
@@ -438,7 +475,7 @@ Tiling tiling(const GemmArgs& g, int64_t wanted) {
     return tiles > 0 ? ((total + tiles - 1) / tiles + unit - 1) / unit * unit : unit;
   };
   // Few rows: B comes from memory, so its lines are followed to their ends, one register tile of columns at a time.
-  if (has_few_rows(g)) col_tiles = g.n * g.k * static_cast<int64_t>(sizeof(T)) / kLinesTaskBytes + (g.n > 0);
+  if (has_few_rows(g)) wanted *= 2, col_tiles = g.n * g.k * static_cast<int64_t>(sizeof(T)) / kLinesTaskBytes + (g.n > 0);
   else if (g.m <= kMaxRows && g.b_row == 1) col_tiles = (g.n + kPair - 1) / kPair;
   while (row_tiles * col_tiles > 0 && row_tiles * col_tiles < wanted) {
     const int64_t rows = size(g.m, row_tiles, kMaxRows), cols = size(g.n, col_tiles, kPair);
@@ -458,7 +495,7 @@ template <class T>
 void run_products(const GemmArgs* products, int64_t count) {
   // first_task[i]: how many tiles the products before i have.
   int64_t* first_task = static_cast<int64_t*>(thread_scratch(kScratchTasks, (count + 1) * sizeof(int64_t)));
-  const int64_t threads = num_threads(), wanted = threads == 1 ? 1 : (4 * threads + count - 1) / count;
+  const int64_t threads = num_threads(), wanted = threads == 1 ? 1 : (2 * threads + count - 1) / count;
   first_task[0] = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Tiling t = tiling<T>(products[i], wanted);
