@@ -16,7 +16,7 @@ using Products = std::vector<GemmArgs>;
 // The tensor itself where its last dimension is contiguous (slices of wider tensors pass), else a contiguous copy.
 Tensor rows_in_place(const Tensor& t) {
   const int64_t last = t.dim() - 1;
-  return last < 0 || t.size(last) <= 1 || t.stride(last) != 1 ? torch::stable::contiguous(t) : t;
+  return last < 0 || t.size(last) <= 1 || t.stride(last) != 1 ? as_contiguous(t) : t;
 }
 
 int64_t element_size(int dtype) { return dtype == 0 ? 2 : dtype == 1 ? 4 : 8; }
@@ -61,6 +61,7 @@ struct Matrices {
   Tensor t;
   int64_t heads, lines, width;
   int64_t line_stride, head_stride;
+  bool transposed = false;  // the matrices are the transposes of those lines
 };
 
 Matrices of_rows(const Tensor& t_in) {
@@ -69,9 +70,18 @@ Matrices of_rows(const Tensor& t_in) {
   return {t, heads ? t.size(1) : 1, t.size(0), t.size(t.dim() - 1), t.stride(0), heads ? t.stride(1) : 0};
 }
 
+// Weights may also be views that read lines of memory as columns, such as the transpose of W_UK where it is absorbed.
 Matrices of_weights(const Tensor& t_in) {
+  const int64_t line = t_in.dim() - 2;
+  if (t_in.size(line) > 1 && t_in.stride(line) == 1 && t_in.size(line + 1) > 1)
+    return {t_in,
+            line ? t_in.size(0) : 1,
+            t_in.size(line + 1),
+            t_in.size(line),
+            t_in.stride(line + 1),
+            line ? t_in.stride(0) : 0,
+            true};
   const Tensor t = rows_in_place(t_in);
-  const int64_t line = t.dim() - 2;
   return {t, line ? t.size(0) : 1, t.size(line), t.size(line + 1), t.stride(line), line ? t.stride(0) : 0};
 }
 
@@ -79,6 +89,7 @@ Matrices of_weights(const Tensor& t_in) {
 enum class Result { rows, weights };
 Tensor multiply(Dtype dtype, const Matrices& a, bool a_transposed, const Matrices& b, bool b_transposed, Result result,
                 ScalarType out_type, const void* bias = nullptr) {
+  a_transposed ^= a.transposed, b_transposed ^= b.transposed;
   const int64_t m = a_transposed ? a.width : a.lines, k = a_transposed ? a.lines : a.width;
   const int64_t n = b_transposed ? b.lines : b.width, heads = a.heads;
   const bool like_rows = result == Result::rows;
@@ -117,7 +128,7 @@ Tensor product_y(const char* op, int64_t dim, const Tensor& x, const Tensor& w, 
     check_same_dtype(op, "bias", *bias_in, "x", x);
     check_dim(op, "bias", *bias_in, 1, "[N]");
     check_size(op, "bias", *bias_in, 0, w.size(0), "the first dimension of w");
-    bias = torch::stable::contiguous(*bias_in);
+    bias = as_contiguous(*bias_in);
   }
   return multiply(dtype, of_rows(x), false, of_weights(w), true, Result::rows, out_type,
                   bias ? bias->const_data_ptr() : nullptr);
@@ -177,7 +188,7 @@ std::vector<int64_t> group_bounds(const char* op, const Tensor& ends_in, int64_t
   check_cpu(op, "group_ends", ends_in);
   check_dtype(op, "group_ends", ends_in, {ScalarType::Int});
   check_dim(op, "group_ends", ends_in, 1, "[E]");
-  const Tensor ends = torch::stable::contiguous(ends_in);
+  const Tensor ends = as_contiguous(ends_in);
   const int32_t* values = static_cast<const int32_t*>(ends.const_data_ptr());
   std::vector<int64_t> bounds(1, 0);
   for (int64_t e = 0; e < ends.size(0); ++e) {

@@ -139,8 +139,9 @@ def test_every_microkernel_runs(isa):
             for n in (3, 80, 83):
                 got = ops.linear(x, w[:n])
                 assert relative_error(got, want[:, :n]) < 1e-6
-                # B along its rows is never read line by line: the tiles give the same bits.
+                # B in rows of columns, and A across memory, which only the tiles take: the same bits.
                 assert same_bits(got, torch.ops.glm5.linear_dx(x, columns[:, :n]))
+                assert same_bits(got, torch.ops.glm5.linear_dw(x.T.contiguous(), columns[:, :n]))
         seen.update(counts)
     with _native.counted_paths() as counts:
         ops.linear(gaussian(0, 13, 5, dtype=torch.float32), gaussian(1, 3, 5, dtype=torch.float32))
@@ -151,9 +152,10 @@ def test_every_microkernel_runs(isa):
         assert same_bits(whole[7:8], ops.linear(x[7:8], w))
         assert same_bits(whole[:, 66:], ops.linear(x, w[66:]))
     seen.update(counts)
-    wanted = {f"gemm {m}x{n}" for m in range(1, rows + 1) for n in (1, 2)} | {f"gemm lines {m}" for m in range(1, few + 1)}
+    # A tile of one row is left to products that accumulate.
+    wanted = {f"gemm {m}x{n}" for m in range(2, rows + 1) for n in (1, 2)} | {f"gemm lines {m}" for m in range(1, few + 1)}
     wanted |= {"gemm block in parts", "gemm joins block", "gemm joins last block"}
-    wanted |= {"gemm lines direct A", "gemm lines packed A"}
+    wanted |= {"gemm lines direct A", "gemm lines packed A", "gemm across: vectors", "gemm across: one vector"}
     assert wanted <= seen.keys(), wanted - seen.keys()
 
 
@@ -167,6 +169,30 @@ def test_few_rows_have_the_bits_of_many(isa, dtype):
             assert same_bits(whole[3 : 3 + rows], ops.linear(x[3 : 3 + rows], w)), (inner, rows)
         strided = gaussian(2, inner, 40, dtype=dtype).T  # rows across memory
         assert same_bits(ops.linear(strided[:3], w), ops.linear(strided.contiguous(), w)[:3])
+
+
+@DTYPES
+def test_weights_are_read_where_they_are(isa, dtype):
+    """Parts of a wider tensor, and their transposes (W_UV and W_UK of the absorbed form): the bits of copies, no copies."""
+    for inner, out in ((40, 24), (515, 300), (1100, 70)):
+        up = gaussian(inner, 3, inner + 8, out, dtype=dtype)
+        w_uk, w_uv = up[:, :inner].transpose(1, 2), up[:, 5:]
+        for w in (w_uk, w_uv):
+            copy, x = w.contiguous(), gaussian(1, 20, 3, w.shape[2], dtype=dtype)
+            whole = ops.batched_linear(x, copy)
+            for rows in (*range(1, 10), 16, 17, 20):
+                assert same_bits(ops.batched_linear(x[:rows], w), whole[:rows]), (inner, out, rows)
+                wide = gaussian(2, rows, 3, w.shape[2] + 3, dtype=dtype)[..., 1:-2]
+                assert same_bits(ops.batched_linear(wide, w), ops.batched_linear(wide.contiguous(), copy))
+            dy = gaussian(3, 20, 3, w.shape[1], dtype=dtype)
+            for rows in (1, 3, 20):
+                gradients = [
+                    torch.autograd.grad(ops.batched_linear(x0 := x[:rows].clone().requires_grad_(), w0), (x0, w0), dy[:rows])
+                    for w0 in (w.detach().requires_grad_(), copy.clone().requires_grad_())
+                ]
+                assert all(same_bits(got, want) for got, want in zip(*gradients, strict=True))
+    x, w = gaussian(0, 2, 600, dtype=dtype), gaussian(1, 600, 90, dtype=dtype).T
+    assert same_bits(ops.linear(x, w), ops.linear(x, w.contiguous()))
 
 
 @pytest.mark.skipif("amx" not in _native.available_isas(), reason="this processor has no AMX")

@@ -408,6 +408,75 @@ __attribute__((noinline)) void multiply_lines(int64_t k_end, const typename K::S
   }
 }
 
+// The same for columns of B that lie side by side (b_col 1): a step reads kPanels vectors where they are. Few enough columns
+// to keep all sums in registers, many enough to read whole stretches of memory; `ahead`: lines from here to what is
+// prefetched.
+// sums[row][panel][lane]; num_cols: how many are there.
+template <class T, class K, int kRows, int kPanels>
+__attribute__((noinline)) void multiply_across(int64_t k_end, const typename K::S* a, const T* b, int64_t b_row,
+                                               int64_t num_cols, int64_t ahead, typename K::S* sums) {
+  using V = typename K::V;
+  constexpr int L = V::kLanes, kLine = 64 / static_cast<int>(sizeof(T));
+  for (int64_t k0 = 0; k0 == 0 || k0 < k_end; k0 += kGemmBlockK) {
+    const int64_t block_end = k_end - k0 < kGemmBlockK ? k_end : k0 + kGemmBlockK;
+    V c[kRows][kPanels];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int p = 0; p < kPanels; ++p) c[i][p] = splat<V>(0);
+    for (int64_t k = k0; k < block_end; k += K::kPerStep) {
+      const int64_t s = k / K::kPerStep;
+      const auto* own_a = a + (s / L * kRows) * L + s % L;
+      const T* line = b + k * b_row;
+#pragma GCC unroll 2
+      for (int h = 0; h < K::kPerStep; ++h)
+#pragma GCC unroll 8
+        for (int p = 0; p < kPanels * L; p += kLine) __builtin_prefetch(line + (ahead + h) * b_row + p);
+      V bv[kPanels];
+#pragma GCC unroll 8
+      for (int p = 0; p < kPanels; ++p)
+        bv[p] = K::across(line + p * L, b_row, block_end - k, kPanels > 1 ? int64_t{L} : num_cols);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const V av = splat<V>(own_a[i * L]);
+#pragma GCC unroll 8
+        for (int p = 0; p < kPanels; ++p) c[i][p] = K::step(av, bv[p], c[i][p]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int p = 0; p < kPanels; ++p) {
+        auto* own = sums + (i * kPanels + p) * L;
+        store(own, k0 > 0 ? load(own) + c[i][p] : c[i][p]);
+      }
+  }
+}
+
+// Vectors of columns that as many rows multiply at once.
+constexpr int across_panels(int rows) {
+  constexpr int most = GLM5_ISA_LEVEL == 2 ? 16 : 8;
+  return rows == 1 ? (most < 8 ? most : 8) : rows == 2 ? most / 2 : rows <= 4 ? most / 4 : 2;
+}
+
+// Returns how many vectors were multiplied.
+template <class T, class K, int kRows>
+GLM5_INLINE int run_multiply_across(int64_t rows, int64_t k_end, const typename K::S* a, const T* b, int64_t b_row,
+                                    int64_t num_cols, int64_t ahead, typename K::S* sums) {
+  if constexpr (kRows > 0) {
+    if (rows < kRows) return run_multiply_across<T, K, kRows - 1>(rows, k_end, a, b, b_row, num_cols, ahead, sums);
+    constexpr int panels = across_panels(kRows);
+    if (num_cols >= panels * K::V::kLanes) {
+      GLM5_COUNT_PATH("gemm across: vectors");
+      multiply_across<T, K, kRows, panels>(k_end, a, b, b_row, num_cols, ahead, sums);
+      return panels;
+    }
+    GLM5_COUNT_PATH("gemm across: one vector");
+    multiply_across<T, K, kRows, 1>(k_end, a, b, b_row, num_cols, ahead, sums);
+  }
+  return 1;
+}
+
 template <class T, class K, int kRows, class... Args>
 GLM5_INLINE void run_multiply_lines(int64_t rows, Args... args) {
   if constexpr (kRows > 0) {
@@ -444,18 +513,26 @@ void run_lines(const GemmArgs& g, int64_t n0, int64_t n1) {
       }
     a = packed;
   }
-  alignas(64) S sums[kLineRows * kCols];
-  for (int64_t n = n0; n < n1; n += kCols) {
-    const int64_t cols = n1 - n < kCols ? n1 - n : kCols;
+  alignas(64) S sums[16 * L > kLineRows * kCols ? 16 * L : kLineRows * kCols];
+  // A line that comes kAheadBytes later, or the next stretch of this one where that is not much.
+  const int64_t ahead = g.k < 64 ? 0 : 16;
+  for (int64_t n = n0, width; n < n1; n += width) {
     char* c = static_cast<char*>(g.c) + n * out_size;
     const T* b = static_cast<const T*>(g.b) + n * g.b_col;
-    run_multiply_lines<T, K, kLineRows>(g.m, g.k, a, b, g.b_col, cols, n + kCols < n1 ? b + kCols * g.b_col : nullptr, sums);
+    width = kCols;
+    if (g.b_row == 1)
+      run_multiply_lines<T, K, kLineRows>(g.m, g.k, a, b, g.b_col, n1 - n < kCols ? n1 - n : kCols,
+                                          n + kCols < n1 ? b + kCols * g.b_col : nullptr, sums);
+    else width = L * run_multiply_across<T, K, kLineRows>(g.m, g.k, a, b, g.b_row, n1 - n, ahead, sums);
     for (int64_t r = 0; r < g.m; ++r)
-      finish_row<T, V, S>(sums + r * kCols, cols, bias ? bias + n : nullptr, c + r * g.c_row * out_size, out_is_accumulator);
+      finish_row<T, V, S>(sums + r * width, n1 - n < width ? n1 - n : width, bias ? bias + n : nullptr,
+                          c + r * g.c_row * out_size, out_is_accumulator);
   }
 }
 
-bool has_few_rows(const GemmArgs& g) { return g.m > 0 && g.m <= kLineRows && g.b_row == 1 && !g.accumulate; }
+bool has_few_rows(const GemmArgs& g) {
+  return g.m > 0 && g.m <= kLineRows && !g.accumulate && (g.b_row == 1 || (g.b_col == 1 && g.a_col == 1));
+}
 
 // ---- Cutting products into tiles ------------------------------------------------------------------------------------
 

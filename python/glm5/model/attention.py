@@ -49,8 +49,7 @@ def latent_attention(
     rows, heads, nope = q_nope.shape
     kv_lora = kv_b_weight.shape[1]
     up = kv_b_weight.view(heads, -1, kv_lora)
-    w_uk = up[:, :nope].transpose(1, 2).contiguous()
-    w_uv = up[:, nope:].contiguous()
+    w_uk, w_uv = up[:, :nope].transpose(1, 2), up[:, nope:]
 
     def attend(part):
         q = torch.cat([ops.batched_linear(q_nope[part], w_uk), q_rope[part]], -1)

@@ -38,7 +38,8 @@ def batched_linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: [M, H, K], bfloat16, float32 or float64.
-        w: [H, N, K], dtype of x.
+        w: [H, N, K], dtype of x. A view of a wider tensor and one with its last two dimensions transposed are read where
+            they are.
 
     Returns:
         [M, H, N], dtype of x; row m depends on row m of x alone (and on w). Differentiable in x and w. Under CPU autocast
