@@ -4,6 +4,7 @@
 // own lane, so it does not depend on where in a tile its key lies or which heads share the registers.
 #pragma once
 
+#include "common/gemm/pack.h"
 #include "common/parallel.h"
 #include "common/simd.h"
 #include "lightning_indexer/lightning_indexer.h"
@@ -32,6 +33,7 @@ GLM5_INLINE float to_float(e4m3 x) {
 namespace {
 
 constexpr int64_t kTileKeys = 64;
+constexpr int64_t kPackAheadKeys = 16;  // between the keys that are packed and those that are prefetched
 
 GLM5_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 GLM5_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -183,7 +185,32 @@ inline void pack_keys(const e4m3* k, const int32_t* indices, int64_t first, int6
 template <class T>
 void pack_keys(const T* k, const int32_t* indices, int64_t first, int64_t count, int64_t dim, Element<T>* packed) {
   const int64_t steps = Packing<T>::steps(dim);
-  for (int64_t i = 0; i < count; ++i) {
+  int64_t whole = 0;  // keys packed in squares, as many as a vector has lanes
+#if GLM5_ISA_LEVEL > 0
+  if constexpr (sizeof(T) == 2 || sizeof(T) == 4) {
+    constexpr int L = F::kLanes;
+    for (; whole + L <= count; whole += L) {
+      const T* rows[L];
+      for (int j = 0; j < L; ++j) rows[j] = k + (indices ? indices[whole + j] : first + whole + j) * dim;
+      int64_t s = 0;
+      for (; s + L <= dim; s += L) {
+        F r[L];
+#pragma GCC unroll 16
+        for (int j = 0; j < L; ++j) {
+          if (!indices) __builtin_prefetch(rows[j] + kPackAheadKeys * dim + s);  // the same place of later keys
+          r[j] = load(rows[j] + s);
+        }
+        transpose(r);
+#pragma GCC unroll 16
+        for (int j = 0; j < L; ++j) store(packed + (s + j) * kTileKeys + whole, r[j]);
+      }
+      for (; s < steps; ++s)
+        for (int j = 0; j < L; ++j) packed[s * kTileKeys + whole + j] = Packing<T>::element(rows[j], dim, s);
+    }
+    if (whole > 0 && dim >= L) GLM5_COUNT_PATH("lightning_indexer: keys packed in squares");
+  }
+#endif
+  for (int64_t i = whole; i < count; ++i) {
     const T* row = k + (indices ? indices[i] : first + i) * dim;
     for (int64_t s = 0; s < steps; ++s) packed[s * kTileKeys + i] = Packing<T>::element(row, dim, s);
   }

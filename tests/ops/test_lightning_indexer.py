@@ -154,7 +154,12 @@ def test_every_microkernel_and_tail_runs(isa):
             q, k, k_scale, weights = draw_inputs(dtype, queries, 200, heads, 8)
             ops.lightning_indexer_logits(q, k, k_scale, weights, int32([0] * queries), int32([200 - 64] * queries))
             ops.lightning_indexer_logits(q, k, k_scale, weights, int32([5] * queries), int32([200] * queries))
+        q, k, _, weights = draw_inputs(torch.float32, 2, 200, 5, 40)
+        whole = ops.lightning_indexer_logits(q, k, None, weights, int32([0] * 2), int32([200] * 2))
+        part = ops.lightning_indexer_logits(q, k[130:147], None, weights, int32([0] * 2), int32([17] * 2))
+        assert same_bits(whole[:, 130:147], part)
     names = ["full register block", "single vector of keys", "single head"]
+    names += ["keys packed in squares"] if isa != "portable" else []
     if isa == "amx":
         names += ["whole tiles of rows", "overlapping tiles of rows", "less than a tile of rows"]
         names += ["four vectors of keys", "single vectors of keys"]
