@@ -53,10 +53,11 @@ inline void check_size(const char* op, const char* name, const Tensor& t, int64_
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, std::initializer_list<ScalarType> wanted) {
   const ScalarType got = t.scalar_type();
+  for (ScalarType w : wanted)
+    if (got == w) return;
   std::ostringstream list;
   const char* comma = "";
   for (ScalarType w : wanted) {
-    if (got == w) return;
     list << comma << torch::headeronly::toString(w);
     comma = " or ";
   }
@@ -75,6 +76,10 @@ inline Dtype float_dtype(const char* op, const char* name, const Tensor& t) {
   if (t.scalar_type() == ScalarType::BFloat16) return Dtype::bf16;
   return t.scalar_type() == ScalarType::Float ? Dtype::float32 : Dtype::float64;
 }
+
+// The tensor itself where it is contiguous, else a copy that is. torch's own looks its op up by name even where there is
+// nothing to do.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // A new contiguous CPU tensor.
 inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {

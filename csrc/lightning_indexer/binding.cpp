@@ -29,9 +29,7 @@ struct Inputs {
   bool is_float64 = false;
 
   Inputs(const char* op, const Tensor& q_in, const Tensor& k_in, const Tensor& weights_in, bool allow_e4m3)
-      : q(torch::stable::contiguous(q_in)),
-        k(torch::stable::contiguous(k_in)),
-        weights(torch::stable::contiguous(weights_in)) {
+      : q(as_contiguous(q_in)), k(as_contiguous(k_in)), weights(as_contiguous(weights_in)) {
     check_cpu(op, "q", q);
     check_cpu(op, "k", k);
     check_cpu(op, "weights", weights);
@@ -66,7 +64,7 @@ struct Inputs {
   ScalarType real() const { return is_float64 ? ScalarType::Double : ScalarType::Float; }
 
   const Tensor& keep(const Tensor& t) {
-    rest.push_back(torch::stable::contiguous(t));
+    rest.push_back(as_contiguous(t));
     return rest.back();
   }
 
@@ -169,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> lightning_indexer_logits_backward(const Tenso
   Inputs in(op, q, k, weights, false);
   in.set_ranges(op, ks, ke);
   if (indices) in.set_indices(op, *indices);
-  const Tensor grad = torch::stable::contiguous(grad_in);
+  const Tensor grad = as_contiguous(grad_in);
   check_cpu(op, "grad", grad);
   check_dtype(op, "grad", grad, {in.real()});
   check_dim(op, "grad", grad, 2, indices ? "[queries, topk]" : "[queries, keys]");

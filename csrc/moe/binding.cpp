@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> moe_router(const Tensor& logits_in, const Tensor& bia
                                       int64_t topk_groups, bool renormalize, double scaling,
                                       std::optional<Tensor> replay_in) {
   const char* op = "moe_router";
-  const Tensor logits = torch::stable::contiguous(logits_in), bias = torch::stable::contiguous(bias_in);
+  const Tensor logits = as_contiguous(logits_in), bias = as_contiguous(bias_in);
   MoeRouterArgs args = router_args(op, logits);
   check_cpu(op, "bias", bias);
   check_same_dtype(op, "bias", bias, "logits", logits);
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor> moe_router(const Tensor& logits_in, const Tensor& bia
   args.bias = bias.const_data_ptr();
   std::optional<Tensor> replay;
   if (replay_in) {
-    replay = torch::stable::contiguous(*replay_in);
+    replay = as_contiguous(*replay_in);
     check_ids(op, "replay", *replay, args.experts);
     check_size(op, "replay", *replay, 0, args.tokens, "the tokens of logits");
     check_size(op, "replay", *replay, 1, topk, "topk");
@@ -107,8 +107,8 @@ std::tuple<Tensor, Tensor> moe_router(const Tensor& logits_in, const Tensor& bia
 Tensor moe_router_backward(const Tensor& dweights_in, const Tensor& logits_in, const Tensor& ids_in, bool renormalize,
                            double scaling) {
   const char* op = "moe_router_backward";
-  const Tensor logits = torch::stable::contiguous(logits_in), dweights = torch::stable::contiguous(dweights_in);
-  Tensor ids = torch::stable::contiguous(ids_in);
+  const Tensor logits = as_contiguous(logits_in), dweights = as_contiguous(dweights_in);
+  Tensor ids = as_contiguous(ids_in);
   MoeRouterArgs args = router_args(op, logits);
   check_ids(op, "ids", ids, args.experts);
   check_size(op, "ids", ids, 0, args.tokens, "the tokens of logits");
@@ -131,7 +131,7 @@ Tensor moe_router_backward(const Tensor& dweights_in, const Tensor& logits_in, c
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> moe_permute(const Tensor& x_in, const Tensor& ids_in, int64_t num_experts) {
   const char* op = "moe_permute";
-  const Tensor x = torch::stable::contiguous(x_in), ids = torch::stable::contiguous(ids_in);
+  const Tensor x = as_contiguous(x_in), ids = as_contiguous(ids_in);
   check_cpu(op, "x", x);
   float_dtype(op, "x", x);
   check_dim(op, "x", x, 2, "[tokens, dim]");
@@ -175,7 +175,7 @@ MoeCombineArgs combine_args(const char* op, const char* rows_name, const Tensor&
 }
 
 Tensor moe_permute_backward(const Tensor& dxp_in, const Tensor& slots_in) {
-  const Tensor dxp = torch::stable::contiguous(dxp_in), slots = torch::stable::contiguous(slots_in);
+  const Tensor dxp = as_contiguous(dxp_in), slots = as_contiguous(slots_in);
   MoeCombineArgs args = combine_args("moe_permute_backward", "dxp", dxp, slots);
   Tensor dx = empty_cpu({args.tokens, args.dim}, dxp.scalar_type());
   args.out = dx.mutable_data_ptr();
@@ -193,8 +193,8 @@ void check_weights(const char* op, const Tensor& weights, const Tensor& slots, i
 
 Tensor moe_unpermute(const Tensor& y_in, const Tensor& slots_in, const Tensor& weights_in) {
   const char* op = "moe_unpermute";
-  const Tensor y = torch::stable::contiguous(y_in), slots = torch::stable::contiguous(slots_in);
-  const Tensor weights = torch::stable::contiguous(weights_in);
+  const Tensor y = as_contiguous(y_in), slots = as_contiguous(slots_in);
+  const Tensor weights = as_contiguous(weights_in);
   MoeCombineArgs args = combine_args(op, "y", y, slots);
   check_weights(op, weights, slots, args.dtype);
   Tensor out = empty_cpu({args.tokens, args.dim}, y.scalar_type());
@@ -207,8 +207,8 @@ Tensor moe_unpermute(const Tensor& y_in, const Tensor& slots_in, const Tensor& w
 std::tuple<Tensor, Tensor> moe_unpermute_backward(const Tensor& dout_in, const Tensor& y_in, const Tensor& slots_in,
                                                   const Tensor& weights_in) {
   const char* op = "moe_unpermute_backward";
-  const Tensor dout = torch::stable::contiguous(dout_in), y = torch::stable::contiguous(y_in);
-  const Tensor slots = torch::stable::contiguous(slots_in), weights = torch::stable::contiguous(weights_in);
+  const Tensor dout = as_contiguous(dout_in), y = as_contiguous(y_in);
+  const Tensor slots = as_contiguous(slots_in), weights = as_contiguous(weights_in);
   MoeCombineArgs args = combine_args(op, "y", y, slots);
   check_weights(op, weights, slots, args.dtype);
   check_cpu(op, "dout", dout);

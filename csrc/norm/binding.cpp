@@ -32,7 +32,7 @@ void check_like_x(const char* op, const Tensor& dy, const Tensor& x) {
 }
 
 Tensor rms_norm(const Tensor& x_in, const Tensor& weight_in, double eps) {
-  const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
+  const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in);
   RmsNormArgs args = rms_norm_args("rms_norm", x, weight, eps);
   Tensor y = empty_like_contiguous(x);
   args.y = y.mutable_data_ptr();
@@ -42,8 +42,8 @@ Tensor rms_norm(const Tensor& x_in, const Tensor& weight_in, double eps) {
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_in, const Tensor& x_in, const Tensor& weight_in, double eps) {
   const char* op = "rms_norm_backward";
-  const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
-  const Tensor dy = torch::stable::contiguous(dy_in);
+  const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in);
+  const Tensor dy = as_contiguous(dy_in);
   RmsNormArgs args = rms_norm_args(op, x, weight, eps);
   check_cpu(op, "dy", dy);
   check_same_dtype(op, "dy", dy, "x", x);
@@ -73,8 +73,8 @@ LayerNormArgs layer_norm_args(const char* op, const Tensor& x, const Tensor& wei
 
 Tensor layer_norm(const Tensor& x_in, const Tensor& weight_in, const Tensor& bias_in, double eps) {
   const char* op = "layer_norm";
-  const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
-  const Tensor bias = torch::stable::contiguous(bias_in);
+  const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in);
+  const Tensor bias = as_contiguous(bias_in);
   LayerNormArgs args = layer_norm_args(op, x, weight, eps);
   check_cpu(op, "bias", bias);
   check_same_dtype(op, "bias", bias, "x", x);
@@ -90,8 +90,8 @@ Tensor layer_norm(const Tensor& x_in, const Tensor& weight_in, const Tensor& bia
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_in, const Tensor& x_in, const Tensor& weight_in,
                                                        double eps) {
   const char* op = "layer_norm_backward";
-  const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
-  const Tensor dy = torch::stable::contiguous(dy_in);
+  const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in);
+  const Tensor dy = as_contiguous(dy_in);
   LayerNormArgs args = layer_norm_args(op, x, weight, eps);
   check_cpu(op, "dy", dy);
   check_same_dtype(op, "dy", dy, "x", x);

@@ -23,9 +23,9 @@ Tensor rotated(const char* op, const char* x_name, const Tensor& x_in, const Ten
     fail(op, ": ", x_name, " has shape ", shape_of(x_in), ", want [tokens, heads, dim] or [tokens, dim]");
   const int64_t last = x_in.dim() - 1, dim = x_in.size(last), tokens = x_in.size(0);
   if (dim < 2 || dim % 2) fail(op, ": ", x_name, " has shape ", shape_of(x_in), ", want an even last dimension >= 2");
-  const Tensor x = x_in.stride(last) == 1 ? x_in : torch::stable::contiguous(x_in);
-  const Tensor cos = torch::stable::contiguous(cos_in), sin = torch::stable::contiguous(sin_in);
-  const Tensor positions = torch::stable::contiguous(positions_in);
+  const Tensor x = x_in.stride(last) == 1 ? x_in : as_contiguous(x_in);
+  const Tensor cos = as_contiguous(cos_in), sin = as_contiguous(sin_in);
+  const Tensor positions = as_contiguous(positions_in);
   check_cpu(op, "cos", cos);
   check_cpu(op, "sin", sin);
   check_cpu(op, "positions", positions);

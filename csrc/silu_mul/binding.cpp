@@ -19,7 +19,7 @@ SiluMulArgs silu_mul_args(const char* op, const Tensor& x) {
 }
 
 Tensor silu_mul(const Tensor& x_in) {
-  const Tensor x = torch::stable::contiguous(x_in);
+  const Tensor x = as_contiguous(x_in);
   SiluMulArgs args = silu_mul_args("silu_mul", x);
   Tensor y = empty_cpu({args.rows, args.width}, x.scalar_type());
   args.y = y.mutable_data_ptr();
@@ -29,7 +29,7 @@ Tensor silu_mul(const Tensor& x_in) {
 
 Tensor silu_mul_backward(const Tensor& dy_in, const Tensor& x_in) {
   const char* op = "silu_mul_backward";
-  const Tensor x = torch::stable::contiguous(x_in), dy = torch::stable::contiguous(dy_in);
+  const Tensor x = as_contiguous(x_in), dy = as_contiguous(dy_in);
   SiluMulArgs args = silu_mul_args(op, x);
   check_cpu(op, "dy", dy);
   check_same_dtype(op, "dy", dy, "x", x);
