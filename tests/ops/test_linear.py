@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -257,6 +258,35 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         y = ops.linear(x, w)
     assert same_bits(y, ops.linear(x.bfloat16(), w.bfloat16()))
+
+
+def test_without_gradients_everything_else_is_as_with_them():
+    """The short way past the gradient's wrapper: same bits, autocast, modes and tracing still there."""
+    x, w = torch.randn(5, 8), torch.randn(6, 8, requires_grad=True)
+    want, calls = ops.linear(x, w), []
+    assert want.requires_grad
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            got = ops.linear(x, w)
+            assert same_bits(got, want) and not got.requires_grad
+            with torch.autocast("cpu", torch.bfloat16):
+                assert ops.linear(x, w).dtype == torch.bfloat16
+            with Watch():
+                ops.linear(x, w)
+            assert calls[-1] == "glm5::linear"
+            assert ops.linear(x.to("meta"), w.to("meta")).shape == (5, 6)
+            with pytest.raises(ValueError, match="w has shape"):
+                ops.linear(x, w[:, :3])
+    with torch.no_grad():
+        assert same_bits(torch.compile(ops.linear, fullgraph=True, backend="eager")(x, w), want)
+        traced = torch.fx.experimental.proxy_tensor.make_fx(lambda a, b: ops.linear(a, b))(x, w)
+        assert "glm5.linear" in traced.code and same_bits(traced(x, w), want)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)

@@ -5,7 +5,11 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_tensors
-from glm5.ops._register import differentiable_once, fake, want_that
+from glm5.ops._register import compiled, differentiable_once, fake, want_that
+
+_linear = compiled("linear")
+_batched_linear = compiled("batched_linear")
+_grouped_linear = compiled("grouped_linear")
 
 
 def linear(
@@ -30,7 +34,7 @@ def linear(
             the CPU.
     """
     want_tensors("linear", x=x, w=w, **({} if bias is None else {"bias": bias}))
-    return torch.ops.glm5.linear(x, w, bias, out_dtype)
+    return _linear(x, w, bias, out_dtype)
 
 
 def batched_linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -50,7 +54,7 @@ def batched_linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         ValueError: dtypes differ or are not floating, shapes do not match, a tensor is not on the CPU.
     """
     want_tensors("batched_linear", x=x, w=w)
-    return torch.ops.glm5.batched_linear(x, w)
+    return _batched_linear(x, w)
 
 
 def grouped_linear(x: torch.Tensor, w: torch.Tensor, group_ends: torch.Tensor) -> torch.Tensor:
@@ -71,7 +75,7 @@ def grouped_linear(x: torch.Tensor, w: torch.Tensor, group_ends: torch.Tensor) -
             on the CPU.
     """
     want_tensors("grouped_linear", x=x, w=w, group_ends=group_ends)
-    return torch.ops.glm5.grouped_linear(x, w, group_ends)
+    return _grouped_linear(x, w, group_ends)
 
 
 # ---- fake kernels ----

@@ -7,7 +7,11 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_integers, want_tensors
-from glm5.ops._register import differentiable_once, fake, want_that
+from glm5.ops._register import compiled, differentiable_once, fake, want_that
+
+_moe_router = compiled("moe_router")
+_moe_permute = compiled("moe_permute")
+_moe_unpermute = compiled("moe_unpermute")
 
 
 def moe_router(
@@ -48,7 +52,7 @@ def moe_router(
     """
     want_tensors("moe_router", logits=logits, bias=bias, **({} if replay is None else {"replay": replay}))
     want_integers("moe_router", topk=topk, num_groups=num_groups, topk_groups=topk_groups)
-    return torch.ops.glm5.moe_router(logits, bias, topk, num_groups, topk_groups, renormalize, scaling, replay)
+    return _moe_router(logits, bias, topk, num_groups, topk_groups, renormalize, scaling, replay)
 
 
 @fake("moe_router", logits="float32/float64 [T, E]", bias="logits [E]", replay="int32 [T, topk]")
@@ -106,7 +110,7 @@ def moe_permute(
     """
     want_tensors("moe_permute", x=x, ids=ids)
     want_integers("moe_permute", num_experts=num_experts)
-    return torch.ops.glm5.moe_permute(x, ids, num_experts)
+    return _moe_permute(x, ids, num_experts)
 
 
 @fake("moe_permute", x="float [T, D]", ids="int32 [T, topk]")
@@ -152,7 +156,7 @@ def moe_unpermute(y: torch.Tensor, slot_of_row: torch.Tensor, weights: torch.Ten
         ValueError: wrong dtypes or shapes, a slot outside [-1, S) or held twice, a tensor not on the CPU.
     """
     want_tensors("moe_unpermute", y=y, slot_of_row=slot_of_row, weights=weights)
-    return torch.ops.glm5.moe_unpermute(y, slot_of_row, weights)
+    return _moe_unpermute(y, slot_of_row, weights)
 
 
 _UNPERMUTED = {"y": "float [S, D]", "slot_of_row": "int32 [T, topk]", "weights": "sum(y) [T, topk]"}

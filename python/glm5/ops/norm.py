@@ -4,7 +4,10 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_tensors
-from glm5.ops._register import differentiable_once, fake, want_that
+from glm5.ops._register import compiled, differentiable_once, fake, want_that
+
+_rms_norm = compiled("rms_norm")
+_layer_norm = compiled("layer_norm")
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
@@ -25,7 +28,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.
         ValueError: dtypes differ or are not floating, shapes do not match, eps is negative, a tensor is not on the CPU.
     """
     want_tensors("rms_norm", x=x, weight=weight)
-    return torch.ops.glm5.rms_norm(x, weight, eps)
+    return _rms_norm(x, weight, eps)
 
 
 _INPUTS = {"x": "float [..., dim+]", "weight": "x [dim]"}
@@ -80,7 +83,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
         ValueError: dtypes differ or are not floating, shapes do not match, eps is negative, a tensor is not on the CPU.
     """
     want_tensors("layer_norm", x=x, weight=weight, bias=bias)
-    return torch.ops.glm5.layer_norm(x, weight, bias, eps)
+    return _layer_norm(x, weight, bias, eps)
 
 
 @fake("layer_norm", **_INPUTS, bias="x [dim]")

@@ -4,7 +4,9 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_tensors
-from glm5.ops._register import differentiable_once, fake
+from glm5.ops._register import compiled, differentiable_once, fake
+
+_rope = compiled("rope")
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -28,7 +30,7 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch
         ValueError: wrong dtypes or shapes, a position outside [0, P), a tensor not on the CPU.
     """
     want_tensors("rope", x=x, cos=cos, sin=sin, positions=positions)
-    return torch.ops.glm5.rope(x, cos, sin, positions, interleaved)
+    return _rope(x, cos, sin, positions, interleaved)
 
 
 def _inputs(x):

@@ -4,7 +4,9 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_tensors
-from glm5.ops._register import differentiable_once, fake
+from glm5.ops._register import compiled, differentiable_once, fake
+
+_silu_mul = compiled("silu_mul")
 
 
 def silu_mul(x: torch.Tensor) -> torch.Tensor:
@@ -21,7 +23,7 @@ def silu_mul(x: torch.Tensor) -> torch.Tensor:
         ValueError: x is not floating, not two-dimensional, has an odd width, or is not on the CPU.
     """
     want_tensors("silu_mul", x=x)
-    return torch.ops.glm5.silu_mul(x)
+    return _silu_mul(x)
 
 
 @fake("silu_mul", x="float [M, 2*I]")

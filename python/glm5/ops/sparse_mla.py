@@ -7,7 +7,9 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_integers, want_tensors
-from glm5.ops._register import accumulator, differentiable_once, fake, not_differentiable, want_finite, want_that
+from glm5.ops._register import accumulator, compiled, differentiable_once, fake, not_differentiable, want_finite, want_that
+
+_sparse_mla = compiled("sparse_mla")
 
 
 def sparse_mla(
@@ -37,7 +39,7 @@ def sparse_mla(
     """
     want_tensors("sparse_mla", q=q, kv=kv, indices=indices)
     want_integers("sparse_mla", d_v=d_v)
-    return torch.ops.glm5.sparse_mla(q, kv, indices, scale, d_v)
+    return _sparse_mla(q, kv, indices, scale, d_v)
 
 
 def sparse_mla_attn_target(
