@@ -114,6 +114,48 @@ def test_beam_search_reorders_the_cache():
     assert torch.equal(model.generate(prompt, max_new_tokens=10, num_beams=3, do_sample=False), want)
 
 
+def test_sampling_and_assisted_generation():
+    model, assistant = tm.theirs(index_n_heads=32), tm.theirs(seed=3, index_n_heads=32, num_hidden_layers=1)
+    prompt = shapes.random_tokens(1, 30)
+    forms = [
+        dict(do_sample=True, top_k=5),
+        dict(do_sample=False, assistant_model=assistant),
+        dict(do_sample=False, prompt_lookup_num_tokens=3),
+    ]
+
+    def generated(form):
+        torch.manual_seed(0)
+        return model.generate(prompt, max_new_tokens=10, **form)
+
+    want = [generated(form) for form in forms]
+    integration.enable(model)
+    for form, ids in zip(forms, want, strict=True):
+        assert torch.equal(generated(form), ids)
+
+
+@torch.no_grad()
+def test_other_outputs():
+    model, ids = tm.theirs(index_n_heads=32), shapes.random_tokens(1, 40)
+    options = dict(output_router_logits=True, output_attentions=True)
+    want = model(ids, **options)
+    integration.enable(model)
+    got = model(ids, **options)
+    for ours, other in zip(got.router_logits, want.router_logits, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)
+    assert got.attentions == ()  # the weights never exist
+    assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, got.logits)
+
+
+@torch.no_grad()
+def test_an_enabled_model_compiles_in_one_graph():
+    model = tm.theirs()
+    integration.enable(model)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for time in (30, 47):
+        ids = shapes.random_tokens(2, time)
+        assert torch.equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
 @pytest.mark.parametrize("name", ["plain", "index_share", "groups", "tied", "attention_bias", "topk_all"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
 def test_gradients(monkeypatch, name, checkpointing):
@@ -255,6 +297,9 @@ def test_bad_models_are_named():
     model = GlmMoeDsaForCausalLM(GlmMoeDsaConfig(**tm.SMALL | {"hidden_act": "gelu"}))
     with pytest.raises(ValueError, match="hidden_act is 'gelu', want 'silu'"):
         integration.enable(model)
+    integration.enable()
+    with pytest.raises(ValueError, match="hidden_act is 'gelu', want 'silu'"):
+        model(shapes.random_tokens(1, 5))
 
 
 def test_masks_with_holes_are_named():
@@ -280,6 +325,12 @@ def test_an_adapter_on_kv_b_proj_is_named():
 
 
 def test_attention_dropout_is_named():
+    model, ids = tm.theirs(attention_dropout=0.5), shapes.random_tokens(1, 5)
+    integration.enable(model)
+    assert model(ids).logits.isfinite().all()
+    model.train()
+    with pytest.raises(ValueError, match="attention_dropout is 0.5 and the model trains, want 0"):
+        model(ids)
     with pytest.raises(ValueError, match="dropout is 0.5, want 0"):
         integration.attention_interface(None, None, None, None, None, 1.0, dropout=0.5)
     with pytest.raises(ValueError, match="for GlmMoeDsa layers"):

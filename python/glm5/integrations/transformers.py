@@ -67,9 +67,15 @@ def _targets(model: nn.Module | None) -> list[tuple]:
     ]
     if not found:
         raise ValueError(f"glm5.integrations.transformers: {type(model).__name__} has no GlmMoeDsa layers")
-    if model.config.hidden_act != "silu":
-        raise ValueError(f"glm5.integrations.transformers: hidden_act is {model.config.hidden_act!r}, want 'silu'")
+    for module in model.modules():
+        if isinstance(module, theirs.GlmMoeDsaExperts):
+            _check_activation(module)
     return found
+
+
+def _check_activation(experts: nn.Module) -> None:
+    if experts.config.hidden_act != "silu":
+        raise ValueError(f"glm5.integrations.transformers: hidden_act is {experts.config.hidden_act!r}, want 'silu'")
 
 
 def _method(forward: Callable, original: Callable) -> Callable:
@@ -172,6 +178,10 @@ def _attention_forward(
 ):
     """GlmMoeDsaAttention's, on the latent cache."""
     batch, time = hidden_states.shape[:2]
+    if self.training and self.attention_dropout:
+        raise ValueError(
+            f"glm5.integrations.transformers: attention_dropout is {self.attention_dropout} and the model trains, want 0"
+        )
     if attention_mask.dim() == 4:  # the layer alone, or a model whose forward is not ours
         attention_mask = _ranges_of_dense_mask(attention_mask[:, 0])
     weight = _plain_weight(self, "kv_b_proj")
@@ -226,6 +236,7 @@ def _select(indexer, hidden_states, q_latent, cos, sin, past_key_values, ks, ke)
 
 def _experts_forward(self, hidden_states, top_k_index, top_k_weights, *, original: Callable):
     """GlmMoeDsaExperts': tokens sorted by expert, two grouped products, weighted sum."""
+    _check_activation(self)
     slots, _, slot_of_row, group_ends = ops.moe_permute(hidden_states, top_k_index.int(), self.num_experts)
     hidden = ops.silu_mul(ops.grouped_linear(slots, self.gate_up_proj, group_ends))
     return ops.moe_unpermute(ops.grouped_linear(hidden, self.down_proj, group_ends), slot_of_row, top_k_weights.float())
