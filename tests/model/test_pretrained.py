@@ -166,6 +166,49 @@ def test_glm_5_2_config_is_the_preset():
     assert config_from_hf(values | {"index_topk_pattern": kinds, "index_topk_freq": 1})[0].layer_indexers == tuple(kinds)
 
 
+@pytest.mark.parametrize("preset, indexers", [("glm-5", 79), ("glm-5.2", 22)])
+def test_names_and_shapes_of_the_published_checkpoints(preset, indexers):
+    """Computed here from the published sizes, without the model: every name of the index, MTP layer 78 included."""
+    want = {name: (154880, 6144) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    want["model.norm.weight"] = (6144,)
+    for i in range(79):
+        layer, attention = f"model.layers.{i}.", f"model.layers.{i}.self_attn."
+        want |= {layer + "input_layernorm.weight": (6144,), layer + "post_attention_layernorm.weight": (6144,)}
+        want |= {
+            attention + "q_a_proj.weight": (2048, 6144),
+            attention + "q_a_layernorm.weight": (2048,),
+            attention + "q_b_proj.weight": (64 * 256, 2048),
+            attention + "kv_a_proj_with_mqa.weight": (576, 6144),
+            attention + "kv_a_layernorm.weight": (512,),
+            attention + "kv_b_proj.weight": (64 * (192 + 256), 512),
+            attention + "o_proj.weight": (6144, 64 * 256),
+        }
+        if preset == "glm-5" or i < 2 or (i - 2) % 4 == 0:
+            want |= {
+                attention + "indexer.wq_b.weight": (32 * 128, 2048),
+                attention + "indexer.wk.weight": (128, 6144),
+                attention + "indexer.k_norm.weight": (128,),
+                attention + "indexer.k_norm.bias": (128,),
+                attention + "indexer.weights_proj.weight": (32, 6144),
+            }
+        if i >= 3:
+            want |= {layer + "mlp.gate.weight": (256, 6144), layer + "mlp.gate.e_score_correction_bias": (256,)}
+        experts = [f"experts.{k}." for k in range(256)] + ["shared_experts."] if i >= 3 else [""]
+        width = 2048 if i >= 3 else 12288
+        for expert in experts:
+            want |= {f"{layer}mlp.{expert}{part}_proj.weight": (width, 6144) for part in ("gate", "up")}
+            want[f"{layer}mlp.{expert}down_proj.weight"] = (6144, width)
+    mtp = "model.layers.78."
+    want |= {mtp + f"{part}.weight": (6144,) for part in ("enorm", "hnorm", "shared_head.norm")}
+    want[mtp + "eh_proj.weight"] = (6144, 2 * 6144)
+
+    views = checkpoint_views(Glm5ForCausalLM(Glm5Config.preset(preset), dtype=torch.bfloat16, device="meta"))
+    assert {name: tuple(view.shape) for name, view in views.items()} == want
+    assert sum("indexer.wk." in name for name in views) == indexers
+    other = {name: v.dtype for name, v in views.items() if v.dtype != torch.bfloat16}
+    assert set(other.values()) == {torch.float32} and all(name.endswith("e_score_correction_bias") for name in other)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_survives_its_hugging_face_form(name):
     config = shapes.config(**CONFIGS[name])

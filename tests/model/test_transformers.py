@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from transformers import GlmMoeDsaForCausalLM  # noqa: E402
 
+from glm5 import Glm5ForCausalLM  # noqa: E402
 from glm5.model.batches import flat_rows  # noqa: E402
 from tests.model import shapes  # noqa: E402
 from tests.model import transformers_models as tm  # noqa: E402
@@ -147,8 +148,7 @@ def configurations(draw) -> dict:
     return config
 
 
-@pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(configurations(), st.integers(1, 60), st.integers(0, 2**16))
 def test_any_configuration(tmp_path_factory, config, time, seed):
     model = tm.theirs(seed, **config)
@@ -263,6 +263,16 @@ def test_weights_go_back(tmp_path, name):
     ids = shapes.random_tokens(1, 30)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["plain", "tied"])
+def test_shards_that_transformers_wrote(tmp_path, name):
+    model, mine = both(tmp_path / "one", name)
+    model.save_pretrained(tmp_path / "many", max_shard_size="50KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    again = Glm5ForCausalLM.from_pretrained(tmp_path / "many")
+    for tensor_name, tensor in mine.state_dict().items():
+        assert torch.equal(again.state_dict()[tensor_name], tensor), tensor_name
 
 
 def test_bf16(tmp_path):
