@@ -78,7 +78,7 @@ def test_no_command_shows_the_commands(capsys):
             "stages.pretran: no such stage; a new one needs stages.pretran.kind",
         ),
         (["generate", "--run", "nowhere"], "nowhere is not a run folder"),
-        (["generate", "--model", "nowhere"], "nowhere has no tokenizer.json"),
+        (["generate", "--model", "nowhere"], "nowhere is not a directory"),
         (["generate", "a", "--prompt", "b"], "the prompt was given twice"),
         (["convert", "nowhere", "there"], "nowhere/config.json cannot be read"),
     ],

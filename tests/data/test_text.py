@@ -25,9 +25,19 @@ def test_a_character_comes_when_it_is_whole():
     assert [stream.push(0xCF), stream.push(ord("x")), stream.push(0xCF, last=True)] == ["", "\ufffdx", "\ufffd"]
 
 
+def test_the_space_after_a_prompt_is_kept():
+    class Words:
+        def decode(self, ids):
+            return " ".join(["the", "end"][i] for i in ids)
+
+    assert TextStream(Words(), [0]).push(1) == " end"
+
+
 def test_bytes_must_be_asked_for(tmp_path):
     with pytest.raises(ValueError, match="has no tokenizer.json"):
         load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="nowhere is not a directory"):
+        load_tokenizer(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text(json.dumps({"glm5_tokenizer": "bytes"}))
     assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
 

@@ -1,5 +1,7 @@
 """Write a checkpoint in another form: Hugging Face's, native (experts fused), or FP8."""
 
+import math
+import sys
 import tempfile
 from pathlib import Path
 
@@ -26,13 +28,18 @@ def run(args) -> None:
     from glm5.model.conversion import convert_checkpoint
     from glm5.train.run import load_run
 
-    options = dict(dtype=getattr(torch, args.dtype) if args.dtype else None, max_shard_bytes=int(args.max_shard_gb * 1e9))
-    with Bar(f"writing {args.target}") as bar, tempfile.TemporaryDirectory() as scratch:
+    if not 0 < args.max_shard_gb < math.inf:
+        raise ValueError(f"--max-shard-gb is {args.max_shard_gb}, want a number > 0")
+    options = dict(
+        dtype=getattr(torch, args.dtype) if args.dtype else None, max_shard_bytes=math.ceil(args.max_shard_gb * 1e9)
+    )
+    with tempfile.TemporaryDirectory() as scratch:
         source = args.source
         if (source / "recipe.toml").is_file():
-            model = load_run(source, print)
+            model = load_run(source, lambda message: print(message, file=sys.stderr))
             model.extra_config[BYTES_KEY] = "bytes"
             source = Path(scratch)
             model.save_pretrained(source, fused_experts=True)
-        convert_checkpoint(source, args.target, args.to, progress=bar, **options)
+        with Bar(f"writing {args.target}") as bar:
+            convert_checkpoint(source, args.target, args.to, progress=bar, **options)
     print(args.target)

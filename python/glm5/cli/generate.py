@@ -1,5 +1,6 @@
 """Continue a text with a model: of a run, from its newest checkpoint, or of a Hugging Face directory."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -30,6 +31,10 @@ def run(args) -> None:
 
     if args.text is not None and args.prompt is not None:
         raise ValueError("the prompt was given twice, as an argument and as --prompt")
+    if args.tokens < 0:
+        raise ValueError(f"--tokens is {args.tokens}, want >= 0")
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature is {args.temperature}, want a finite number >= 0")
     prompt = next((text for text in (args.text, args.prompt) if text is not None), "def ")
     model, tokenizer = _of_directory(args) if args.model else _of_run(args)
     if isinstance(tokenizer, ByteTokenizer):  # trained on documents, as they begin and end in its corpus
@@ -38,8 +43,12 @@ def run(args) -> None:
         eos = model.config.eos_token_id
         start, stop = (), () if eos is None else (eos,) if isinstance(eos, int) else eos
     ids = torch.tensor([*start, *tokenizer.encode(prompt)], dtype=torch.int64)
+    room = model.config.max_position_embeddings - ids.shape[0]
+    if ids.shape[0] == 0 or room < 0:
+        raise ValueError(f"the prompt has {ids.shape[0]} tokens, want 1 to {room + ids.shape[0]}")
 
-    text, left = TextStream(tokenizer), args.tokens
+    left = tokens_wanted = min(args.tokens, room)
+    text = TextStream(tokenizer, ids.tolist())
 
     def show(position: int, tokens: torch.Tensor) -> None:
         nonlocal left
@@ -50,7 +59,7 @@ def run(args) -> None:
 
     print(prompt, end="", flush=True)
     options = dict(temperature=args.temperature, seed=args.seed, stop_tokens=stop, stream=show)
-    model.generate(ids, args.tokens, **options)
+    model.generate(ids, tokens_wanted, **options)
     print()
 
 

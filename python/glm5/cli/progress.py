@@ -8,16 +8,17 @@ class Bar:
 
     def __init__(self, label: str, stream=None):
         self.label, self.stream = label, stream or sys.stderr
-        self._live = self.stream.isatty()
+        self._live, self._share = self.stream.isatty(), None
 
     def __call__(self, done: int, total: int) -> None:
-        if self._live:
-            filled = 20 * done // max(total, 1)
-            share = 100 * done // max(total, 1)
+        share = 100 * done // max(total, 1)
+        if self._live and share != self._share:
+            self._share, filled = share, share // 5
             self.stream.write(f"\r\033[K{self.label} {'━' * filled}{'·' * (20 - filled)} {share:3} %")
             self.stream.flush()
 
     def __enter__(self) -> "Bar":
+        self(0, 1)
         return self
 
     def __exit__(self, *_) -> None:

@@ -39,6 +39,8 @@ def load_tokenizer(folder: Path | str) -> JsonTokenizer | ByteTokenizer:
         ValueError: there is none, or it cannot be read; the message names the file.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a directory")
     if (folder / "tokenizer.json").is_file():
         return JsonTokenizer(folder / "tokenizer.json")
     try:
@@ -47,14 +49,20 @@ def load_tokenizer(folder: Path | str) -> JsonTokenizer | ByteTokenizer:
         kind = None
     if kind == "bytes":
         return ByteTokenizer()
-    raise ValueError(f"{folder} has no tokenizer.json (and config.json no {BYTES_KEY}: 'bytes')")
+    raise ValueError(
+        f"{folder} has no tokenizer.json: put the model's there (or, if it reads bytes, {BYTES_KEY}: 'bytes' in config.json)"
+    )
 
 
 class TextStream:
-    """Text of ids that come one by one: what has become certain since the last call."""
+    """Text of ids that come one by one: what has become certain since the last call.
 
-    def __init__(self, tokenizer):
-        self._tokenizer, self._ids, self._shown = tokenizer, [], 0
+    ``before`` are the ids of a prompt, which is not shown: some tokenizers drop the space before a text's first word.
+    """
+
+    def __init__(self, tokenizer, before=()):
+        self._tokenizer, self._ids = tokenizer, list(before)
+        self._shown = len(tokenizer.decode(self._ids))
 
     def push(self, token: int, last: bool = False) -> str:
         """New text after ``token``. The first bytes of an unfinished character wait for the rest, unless it is the last."""

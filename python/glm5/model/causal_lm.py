@@ -101,7 +101,7 @@ class Glm5ForCausalLM(nn.Module):
             attention: the form of attention to use, "sparse" or "dense".
             fp8: what becomes of block-scaled e4m3 weights: "dequantize" to ``dtype``, or "keep" them as they are (half the
                 memory of bf16; they are dequantised on every use and take no gradient).
-            progress: called with (numbers read, numbers in all) after each file.
+            progress: called with (numbers read, numbers in all) after each tensor.
 
         Raises:
             PretrainedError: a ValueError: the directory, its config or a file cannot be used, or tensors are missing, extra

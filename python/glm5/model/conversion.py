@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from glm5._files import TEMPORARY
 from glm5.model.causal_lm import Glm5ForCausalLM
 from glm5.model.fp8 import BLOCK, dequantize_fp8, quantize_fp8, scale_shape
 from glm5.model.pretrained import SCALE, Progress, check_copies, checkpoint_views, opened_checkpoint, write_config
@@ -41,12 +42,14 @@ def convert_checkpoint(
         max_shard_bytes, progress: as in ``save_pretrained``.
 
     Raises:
-        ValueError: unknown form, target is source, or source cannot be read.
+        ValueError: unknown form, target is source or no directory, or source cannot be read.
         OSError: the disk is full or not writable; a checkpoint that was in target is still there.
     """
     source, target = Path(source), Path(target)
     if form not in FORMS:
         raise ValueError(f"convert: the form is {form!r}, want one of {', '.join(FORMS)}")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"convert: {target} is not a directory")
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"convert: {target} is the source itself, want another directory")
     with opened_checkpoint(source, dtype, Glm5ForCausalLM) as (model, stored, extra):
@@ -60,7 +63,8 @@ def convert_checkpoint(
         write_safetensors(target, tensors, max_shard_bytes, progress)
         write_config(target, model.config, extra)
     for path in source.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX, "config.json"):
+        written_anew = path.suffix == ".safetensors" or path.name in (INDEX, "config.json")
+        if path.is_file() and not written_anew and not path.name.startswith(TEMPORARY):
             shutil.copyfile(path, target / path.name)
 
 

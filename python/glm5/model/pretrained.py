@@ -307,4 +307,4 @@ def _fill(model: nn.Module, stored: SafetensorsFolder, progress: Progress) -> No
                 if tensor.dtype == torch.float8_e4m3fn and view.dtype != tensor.dtype:
                     tensor = dequantize_fp8(tensor, stored.read(name + SCALE), view.dtype)
                 view.copy_(tensor)
-        progress(done, total)
+            progress(done, total)
