@@ -85,12 +85,14 @@ def test_padding(monkeypatch, attention, dense_mask):
     compared.close(got.logits, want.logits)
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
 @torch.no_grad()
-def test_packed_documents(monkeypatch):
+def test_packed_documents(monkeypatch, use_cache):
+    """With a cache Transformers does not look for documents, and the whole sequence is one."""
     positions = torch.cat([torch.arange(n) for n in (20, 1, 39)])[None]
     ids = shapes.random_tokens(2, 60)
     compared = Compared(monkeypatch, 2, 60)
-    want, got = compared.run(tm.theirs(), lambda model: model(ids, position_ids=positions, use_cache=False))
+    want, got = compared.run(tm.theirs(), lambda model: model(ids, position_ids=positions, use_cache=use_cache))
     compared.close(got.logits, want.logits)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from glm5.model.generation import gumbel_noise
+from glm5.model.generation import choose, gumbel_noise
 from tests.model import shapes
 
 FORMS = pytest.mark.parametrize("form", shapes.FORMS)
@@ -62,3 +62,23 @@ def test_noise_is_gumbel_and_counted():
 def test_bad_requests_are_named(ids, options, words):
     with pytest.raises(ValueError, match=words):
         shapes.model().generate(ids, **options)
+
+
+def test_padding_changes_no_bit(monkeypatch):
+    model = shapes.model("sparse")
+    prompt, seen = shapes.random_tokens(2, 24), {0: [], 1: []}
+
+    def recording(logits, temperature, seed, sequence, position):
+        seen[sequence].append((position, logits.clone()))
+        return choose(logits, temperature, seed, sequence, position)
+
+    monkeypatch.setattr("glm5.model.generation.choose", recording)
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[1, :9] = 0
+    model.generate(prompt, 8, attention_mask=mask, chunk=7)
+    padded = seen[1]
+    seen[0] = []
+    model.generate(prompt[1, 9:], 8)
+    assert len(padded) == len(seen[0]) == 8
+    for (position, logits), (other_position, other) in zip(padded, seen[0], strict=True):
+        assert position == other_position and torch.equal(logits, other)
