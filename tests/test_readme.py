@@ -5,13 +5,23 @@ from pathlib import Path
 
 import pytest
 
+from glm5 import Glm5Config, Glm5ForCausalLM
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text()
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
-def test_its_python_runs(code):
+@pytest.mark.parametrize(
+    "code", re.findall(r"```python\n(.*?)```", README + (ROOT / "docs/transformers.md").read_text(), flags=re.DOTALL)
+)
+def test_its_python_runs(code, tmp_path, monkeypatch):
+    if "transformers import Glm" in code:
+        pytest.importorskip("transformers.models.glm_moe_dsa", reason="needs: pip install -c constraints.txt transformers")
+    if '"directory"' in code:
+        config = Glm5Config.preset("tiny", num_hidden_layers=2, num_nextn_predict_layers=0)
+        Glm5ForCausalLM(config).save_pretrained(tmp_path / "directory")
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
 
 
