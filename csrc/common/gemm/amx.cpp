@@ -133,8 +133,11 @@ struct Stream {
   int64_t row_bytes, step_bytes;
 };
 
-// Rounds as to_bf16 does, but for float32 subnormals, which become 0: tile products flush them as well.
-GLM5_INLINE __m512i narrow_pair(F low, F high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)); }
+// Rounds as to_bf16 does. The instruction makes float32 subnormals 0, which sums from tiles never are; with a bias they may be.
+GLM5_INLINE __m512i narrow_pair(const GemmArgs& g, F low, F high) {
+  if (g.bias) return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(low)), narrow(high), 1);
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v));
+}
 
 // A finished 32 x 32 block of sums that overwrites c: `left` and `right` are its columns in two tiles each, of 16 rows.
 GLM5_INLINE void finish_rows(const GemmArgs& g, int64_t m, int64_t n, F (&left)[16], F (&right)[16]) {
@@ -154,7 +157,7 @@ GLM5_INLINE void finish_rows(const GemmArgs& g, int64_t m, int64_t n, F (&left)[
   } else {
     bf16* out = static_cast<bf16*>(g.c) + m * g.c_row + n;
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * g.c_row, narrow_pair(left[i], right[i]));
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * g.c_row, narrow_pair(g, left[i], right[i]));
   }
 }
 
@@ -200,7 +203,7 @@ GLM5_INLINE void finish_beside(Beside& b) {
       store(static_cast<float*>(g.c) + at, left);
       store(static_cast<float*>(g.c) + at + 16, right);
     } else {
-      _mm512_storeu_si512(static_cast<bf16*>(g.c) + at, narrow_pair(left, right));
+      _mm512_storeu_si512(static_cast<bf16*>(g.c) + at, narrow_pair(g, left, right));
     }
   }
 }
@@ -352,7 +355,7 @@ void finish_tile(const Unit& u, int64_t streamed, int64_t packed, const float* s
     if (g.accumulate) v = load_n(wide_out + i * g.c_row, cols) + v;
     if (g.bias) v = v + bias;
     if (wide) store_n(wide_out + i * g.c_row, v, cols);
-    else _mm256_mask_storeu_epi16(out + i * g.c_row, first_n(cols), _mm512_castsi512_si256(narrow_pair(v, v)));
+    else _mm256_mask_storeu_epi16(out + i * g.c_row, first_n(cols), _mm512_castsi512_si256(narrow_pair(g, v, v)));
   }
 }
 
