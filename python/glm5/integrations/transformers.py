@@ -27,6 +27,7 @@ except ImportError as error:
     ) from error
 
 from glm5 import ops
+from glm5.integrations.appending import append_indexer_keys, append_latent
 from glm5.model.attention import latent_attention
 from glm5.model.batches import padding
 
@@ -194,12 +195,16 @@ def _attention_forward(
     compressed = self.kv_a_layernorm(compressed)
     q_rope, k_rope = theirs.apply_rotary_pos_emb_interleave(q_rope, k_rope.unsqueeze(2), cos, sin, unsqueeze_dim=2)
     k_rope = k_rope.squeeze(2)
+    latent = None
     if past_key_values is not None:
-        compressed, k_rope = (
-            x.squeeze(1) for x in past_key_values.update(compressed.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
-        )
-    latent = torch.cat([compressed, k_rope], -1)
-    keys = latent.shape[1]
+        latent = append_latent(past_key_values, self.layer_idx, compressed, k_rope)
+        if latent is None:
+            compressed, k_rope = (
+                x.squeeze(1) for x in past_key_values.update(compressed.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
+            )
+    if latent is None:
+        latent = torch.cat([compressed, k_rope], -1).flatten(0, 1)
+    keys = latent.shape[0] // batch
 
     # From here on the batch is one row of tokens, and a sequence's keys are a range of rows.
     start = torch.arange(batch, device=hidden_states.device, dtype=torch.int32)[:, None] * keys
@@ -211,9 +216,7 @@ def _attention_forward(
     else:
         indices = prev_topk_indices.reshape(batch * time, -1)
 
-    out, _, _ = latent_attention(
-        q_nope.flatten(0, 1), q_rope.flatten(0, 1), latent.flatten(0, 1), indices, weight, self.scaling
-    )
+    out, _, _ = latent_attention(q_nope.flatten(0, 1), q_rope.flatten(0, 1), latent, indices, weight, self.scaling)
     return self.o_proj(out.view(batch, time, -1)), None, indices.view(batch, time, -1)
 
 
@@ -228,7 +231,8 @@ def _select(indexer, hidden_states, q_latent, cos, sin, past_key_values, ks, ke)
     q = torch.cat([q_turned, q[..., rope:]], -1).flatten(0, 1)
     k = torch.cat([k_turned, k[..., rope:]], -1).squeeze(2)
     if past_key_values is not None:
-        k = past_key_values.update_indexer(k, indexer.layer_idx)
+        cached = append_indexer_keys(past_key_values, indexer.layer_idx, k)
+        k = past_key_values.update_indexer(k, indexer.layer_idx) if cached is None else cached
     weights = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype)).flatten(0, 1).float()
     weights = weights * (indexer.n_heads**-0.5 * indexer.softmax_scale)
     return ops.lightning_indexer_topk(q, k.flatten(0, 1), None, weights, ks, ke, indexer.index_topk)[0]
