@@ -32,23 +32,24 @@ def forward_case(heads: int, dim: int, d_v: int, topk: int, queries: int, keys: 
     arguments = (*inputs(queries, keys, heads, dim, topk, dtype), dim**-0.5, d_v)
     kind = "bf16" if dtype == bf16 else "float32"
     return Case(
-        f"sparse_mla {kind} H={heads} {dim}/{d_v} topk={topk} keys={keys}",
+        f"sparse_mla {kind} H={heads} {dim}/{d_v} topk={topk} keys={keys}" + (" one row" if queries == 1 else ""),
         lambda: ops.sparse_mla(*arguments), None if isa else (lambda: in_torch(*arguments)),
         work=2.0 * queries * topk * heads * (dim + d_v), peak=goals.pop("peak", kind), isa=isa, **goals,
     )  # fmt: skip
 
 
-def backward_case(heads: int, dim: int, d_v: int, topk: int, queries: int, keys: int, isa=None) -> Case:
-    q, kv, indices = inputs(queries, keys, heads, dim, topk)
+def backward_case(heads: int, dim: int, d_v: int, topk: int, queries: int, keys: int, isa=None, dtype=bf16, **goals) -> Case:
+    q, kv, indices = inputs(queries, keys, heads, dim, topk, dtype)
     scale = dim**-0.5
     out, lse = ops.sparse_mla(q, kv, indices, scale, d_v)
-    dout = torch.randn(out.shape).to(bf16)
+    dout = torch.randn(out.shape).to(dtype)
+    kind = "bf16" if dtype == bf16 else "float32"
     return Case(
-        f"sparse_mla backward bf16 H={heads} {dim}/{d_v} topk={topk} keys={keys}",
+        f"sparse_mla backward {kind} H={heads} {dim}/{d_v} topk={topk} keys={keys}",
         lambda: torch.ops.glm5.sparse_mla_backward(dout, None, q, kv, indices, lse, scale),
         lambda: ops.sparse_mla(q, kv, indices, scale, d_v),
-        work=2.0 * queries * topk * heads * (3 * dim + 2 * d_v), peak="bf16", isa=isa, peer_name="its forward",
-        peer_work=2.0 * queries * topk * heads * (dim + d_v), goal_ratio=1 / 3.2,
+        work=2.0 * queries * topk * heads * (3 * dim + 2 * d_v), peak=kind, isa=isa, peer_name="its forward",
+        peer_work=2.0 * queries * topk * heads * (dim + d_v), goal_ratio=1 / 3.2, **goals,
     )  # fmt: skip
 
 
@@ -76,6 +77,13 @@ def cases(quick: bool):
         yield forward_case(16, **shape, isa="avx512", goal_share=0.55)
     if "avx2" in has:
         yield forward_case(64, **shape, isa="avx2", peak="float32", goal_share=0.6)
+    for heads in (8, 64):
+        yield forward_case(heads, **{**shape, "queries": 1}, dtype=torch.float32)
+    for heads in (4, 8, 64):
+        few = {**shape, "queries": (64 if quick else 256) * 8 // max(heads, 8), "keys": 4096, "topk": 1536}
+        share = 0.45 if heads < 8 else 0.6
+        yield forward_case(heads, **few, dtype=torch.float32, goal_share=share)
+        yield backward_case(heads, **few, dtype=torch.float32, goal_share=share)
     shape |= {"queries": 64 if quick else 256, "keys": 8192}
     yield backward_case(64, **shape)
     if "avx512" in has:

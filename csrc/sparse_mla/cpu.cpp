@@ -1,10 +1,13 @@
 // Sparse MLA on the CPU, plain form: every instruction set and dtype except bf16 on AVX-512 and AMX, which
-// bf16_attention.h has; elsewhere bf16 is widened to float32 on the way in. A query is one task in the forward and sees
-// only its own row, list and latent rows (row invariance).
+// bf16_attention.h has; elsewhere bf16 is widened to float32 on the way in. A query sees only its own row, list and latent
+// rows (row invariance).
 //
-// Layout: heads lie along the lanes. q is transposed once a query ([dim][padded heads]); scores and probabilities are
-// [key][padded heads], so that softmax is vertical and both products that follow broadcast from it. Latent rows are used
-// where they lie.
+// Scores and probabilities are [head][key] by blocks of kBlock list positions; latent rows are used where they lie, and
+// the next block's are fetched while this one is multiplied.
+//
+// The forward works by segments of kSegment list positions, each with a maximum, a sum and an output of its own, which are
+// then folded into the first in order. A task is a few queries where there are queries enough; else segments and groups of
+// heads are tasks, with the same arithmetic.
 //
 // The backward takes queries in chunks. First, query by query: probabilities p from lse, dP = dout . V,
 // dS = p * (dP - sum_k p dP + dlse) * scale, dq = dS K; p and dS are kept for the chunk. Then, key range by key range: a
@@ -20,15 +23,12 @@
 namespace glm5::cpu::GLM5_ISA {
 namespace {
 
-constexpr int64_t kBlock = kSparseMlaBlock;
+constexpr int64_t kSegment = 4 * kBlock;
+constexpr int64_t kHeadGroup = 8;  // heads of a task where a query is cut
+constexpr int64_t kTogether = 8;   // most queries of a task
 
-GLM5_INLINE float log(float x) { return __builtin_logf(x); }
-GLM5_INLINE double log(double x) { return __builtin_log(x); }
-
-template <class V>
-constexpr int64_t padded(int64_t n) {
-  return (n + V::kLanes - 1) / V::kLanes * V::kLanes;
-}
+GLM5_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+GLM5_INLINE int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
 
 template <class T>
 void widen(const T* from, Acc<T>* to, int64_t n) {
@@ -38,12 +38,14 @@ void widen(const T* from, Acc<T>* to, int64_t n) {
   if (i < n) store_n(to + i, load_n(from + i, n - i), n - i);
 }
 
-// [heads][dim] -> [dim][padded heads], the padding zero.
+// x in Acc<T>: itself, or a widened copy in `buffer`.
 template <class T>
-void transpose(const T* x, Acc<T>* to, int64_t heads, int64_t dim, int64_t padded_heads) {
-  for (int64_t d = 0; d < dim; ++d) {
-    for (int64_t h = 0; h < heads; ++h) to[d * padded_heads + h] = to_float(x[h * dim + d]);
-    for (int64_t h = heads; h < padded_heads; ++h) to[d * padded_heads + h] = 0;
+const Acc<T>* widened(const T* x, Acc<T>* buffer, int64_t n) {
+  if constexpr (sizeof(T) == sizeof(Acc<T>)) {
+    return x;
+  } else {
+    widen(x, buffer, n);
+    return buffer;
   }
 }
 
@@ -55,18 +57,47 @@ int64_t compact(const int32_t* list, int64_t from, int64_t to, int32_t* keys) {
   return n;
 }
 
-// Pointers to the rows of `keys` in Acc<T>: the rows themselves, or widened copies in `buffer` [n][dim].
+// A block's latent rows and, where rows are used in place, those of the block after it.
 template <class T>
-void gather(const T* kv, int64_t dim, const int32_t* keys, int64_t n, Acc<T>* buffer, const Acc<T>** rows) {
-  for (int64_t i = 0; i < n; ++i) {
-    const T* row = kv + keys[i] * dim;
-    if constexpr (sizeof(T) == sizeof(Acc<T>)) {
-      rows[i] = row;
-    } else {
-      widen(row, buffer + i * dim, dim);
-      rows[i] = buffer + i * dim;
-    }
+struct Rows {
+  using S = Acc<T>;
+  static constexpr bool kWiden = sizeof(T) != sizeof(S);
+  S* buffer;  // [kBlock][dim] where rows are widened
+  const S **rows, **next;
+
+  void carve(Carver& c, int64_t dim) {
+    buffer = c.take<S>(kWiden ? kBlock * dim : 0);
+    rows = c.take<const S*>(kBlock + kSpareRows);
+    next = c.take<const S*>(kBlock + kSpareRows);
   }
+
+  // n of 1 to kBlock keys, m of 0 to kBlock next ones.
+  void gather(const SparseMlaArgs& a, const int32_t* keys, int64_t n, const int32_t* next_keys, int64_t m) const {
+    const T* kv = static_cast<const T*>(a.kv);
+    for (int64_t i = 0; i < n; ++i) rows[i] = widened(kv + keys[i] * a.dim, buffer + i * a.dim, a.dim);
+    for (int64_t i = n; i < n + kSpareRows; ++i) rows[i] = rows[0];
+    if constexpr (!kWiden)
+      for (int64_t i = 0; i < n + kSpareRows; ++i) next[i] = i < m ? kv + next_keys[i] * a.dim : rows[0];
+  }
+
+  const S* const* to_fetch(int64_t from = 0) const { return kWiden ? nullptr : next + from; }
+};
+
+// x with zeros from lane n on.
+template <class V>
+GLM5_INLINE V first_lanes(V x, int64_t n) {
+  typename V::Scalar lanes[V::kLanes];
+  store(lanes, x);
+  return load_n(lanes, n);
+}
+
+// Queries that one task takes through their lists in step. Neighbours select much the same keys, and lists ascend, so
+// that a row is fetched once for several of them. Their own rows and sums have to share the second-level cache with it.
+int64_t queries_together(const SparseMlaArgs& a) {
+  int64_t n = kTogether;
+  while (n > 1 && n * a.heads * (a.dim + a.value_dim) > (96 << 10)) n /= 2;
+  while (n > 1 && a.queries < 4 * n * num_threads()) n /= 2;
+  return n;
 }
 
 template <class T>
@@ -75,98 +106,206 @@ struct Forward {
   using S = Acc<T>;
   static constexpr int L = V::kLanes;
   const SparseMlaArgs& a;
-  const int64_t lanes = padded<V>(a.heads);  // padded heads
+  const int64_t segments = (a.topk + kSegment - 1) / kSegment;
 
-  // One query's working set.
-  struct Scratch {
-    S *qt, *rows, *p, *acc, *max, *sum, *alpha;
-    const S** row_of;
-    S **p_of, **acc_of;
-    const S** a_of;
-    int32_t* keys;
+  // What is known of some heads after some keys: [heads][value_dim], [heads], [heads].
+  struct State {
+    S *acc, *max, *sum;
+    void carve(Carver& c, int64_t heads, int64_t value_dim) {
+      acc = c.take<S>(heads * value_dim);
+      max = c.take<S>(heads);
+      sum = c.take<S>(heads);
+    }
+    State from_head(int64_t h, int64_t value_dim) const { return {acc + h * value_dim, max + h, sum + h}; }
   };
 
-  Scratch scratch() const {
+  // One query, or some heads of it, on the way through its list.
+  struct Walk {
+    State total, part;  // of earlier segments, of this one; the first segment with a key works in `total`
+    bool any, any_here;
+    const S* q;
+    S* q_buffer;
+    int32_t *keys, *counts;  // [blocks][kBlock], [blocks + 1]
+  };
+
+  struct Scratch {
+    Walk walks[kTogether];
+    Rows<T> rows;
+    S *p, *alpha;
+  };
+
+  Scratch scratch(int64_t walks, int64_t heads, int64_t positions, bool own_state) const {
     Scratch s{};
     carve_scratch(0, [&](Carver& c) {
-      s.qt = c.take<S>(a.dim * lanes);
-      s.rows = c.take<S>(sizeof(T) == sizeof(S) ? 0 : kBlock * a.dim);
-      s.p = c.take<S>(kBlock * lanes);
-      s.acc = c.take<S>(a.heads * a.value_dim);
-      s.max = c.take<S>(lanes);
-      s.sum = c.take<S>(lanes);
-      s.alpha = c.take<S>(lanes);
-      s.row_of = c.take<const S*>(kBlock);
-      s.p_of = c.take<S*>(kBlock);
-      s.acc_of = c.take<S*>(a.heads);
-      s.a_of = c.take<const S*>(a.heads);
-      s.keys = c.take<int32_t>(kBlock);
+      for (int64_t i = 0; i < walks; ++i) {
+        Walk& w = s.walks[i];
+        w.total.carve(c, own_state ? heads : 0, a.value_dim);
+        w.part.carve(c, own_state ? heads : 0, a.value_dim);
+        w.q_buffer = c.take<S>(Rows<T>::kWiden ? heads * a.dim : 0);
+        w.keys = c.take<int32_t>(blocks_of(positions) * kBlock);
+        w.counts = c.take<int32_t>(blocks_of(positions) + 1);
+      }
+      s.rows.carve(c, a.dim);
+      s.p = c.take<S>(heads * kBlock);
+      s.alpha = c.take<S>(heads);
     });
-    for (int64_t i = 0; i < kBlock; ++i) s.p_of[i] = s.p + i * lanes;
-    for (int64_t h = 0; h < a.heads; ++h) s.acc_of[h] = s.acc + h * a.value_dim, s.a_of[h] = s.p + h;
     return s;
+  }
+
+  // Sets out with the list positions [from, to) of heads h0 and on of query t.
+  void begin(Walk& w, int64_t t, int64_t h0, int64_t heads, int64_t from, int64_t to) const {
+    const int32_t* list = a.indices + t * a.topk;
+    int64_t block = 0;
+    for (int64_t j = from; j < to; j += kBlock, ++block)
+      w.counts[block] = static_cast<int32_t>(compact(list, j, least(j + kBlock, to), w.keys + block * kBlock));
+    w.counts[block] = 0;
+    w.q = widened(static_cast<const T*>(a.q) + (t * a.heads + h0) * a.dim, w.q_buffer, heads * a.dim);
+    w.any = w.any_here = false;
   }
 
   // Scores to probabilities relative to the running maximum, in place; updates maximum and sum, leaves in alpha what
   // earlier blocks are to be scaled by.
-  void softmax(const Scratch& s, int64_t n, bool first) const {
-    const V scale = splat<V>(static_cast<S>(a.scale)), lowest = splat<V>(-static_cast<S>(__builtin_inf()));
-    for (int64_t h = 0; h < lanes; h += L) {
-      V m = first ? lowest : load(s.max + h);
-      const V before = m;
-      for (int64_t i = 0; i < n; ++i) {
-        const V x = load(s.p + i * lanes + h) * scale;
-        store(s.p + i * lanes + h, x);
-        m = max(x, m);  // keeps m where x is NaN: the NaN shows in the sum
-      }
-      store(s.max + h, m);
-      const V base = where_lt(lowest, m, m, splat<V>(0));
+  void softmax(S* p, S* alpha, const State& state, int64_t heads, int64_t n, bool first) const {
+    const S lowest = -static_cast<S>(__builtin_inf());
+    const V scale = splat<V>(static_cast<S>(a.scale));
+    const int64_t end = (n + L - 1) / L * L;
+    // In three passes over the heads, so that no head waits for another's maximum or exponential.
+    for (int64_t h = 0; h < heads; ++h) {
+      S* row = p + h * kBlock;
+      for (int64_t i = 0; i < n; i += L) store(row + i, load(row + i) * scale);
+      for (int64_t i = n; i < end; ++i) row[i] = lowest;
+      V m = splat<V>(lowest);
+      for (int64_t i = 0; i < n; i += L) m = max(load(row + i), m);  // m where the score is NaN: the NaN shows in the sum
+      const S before = first ? lowest : state.max[h], seen = max_lane(m), now = seen > before ? seen : before;
+      alpha[h] = before - (now > lowest ? now : 0);
+      state.max[h] = now;
+    }
+    for (int64_t h = 0; h < heads; h += L) store_n(alpha + h, exp(load_n(alpha + h, heads - h)), heads - h);
+    for (int64_t h = 0; h < heads; ++h) {
+      S* row = p + h * kBlock;
+      const V base = splat<V>(state.max[h] > lowest ? state.max[h] : 0);
       V total = splat<V>(0);
-      for (int64_t i = 0; i < n; ++i) {
-        const V p = exp(load(s.p + i * lanes + h) - base);
-        store(s.p + i * lanes + h, p);
-        total = total + p;
+      for (int64_t i = 0; i < n; i += L) {
+        const V x = exp(load(row + i) - base);
+        store(row + i, x);
+        total = total + x;
       }
-      const V alpha = exp(before - base);
-      store(s.alpha + h, alpha);
-      store(s.sum + h, first ? total : fma(load(s.sum + h), alpha, total));
+      state.sum[h] = first ? sum(total) : state.sum[h] * alpha[h] + sum(total);
     }
   }
 
-  void finish(const Scratch& s, int64_t query, bool empty) const {
-    T* out = static_cast<T*>(a.out) + query * a.heads * a.value_dim;
-    S* lse = static_cast<S*>(a.lse) + query * a.heads;
-    for (int64_t h = 0; h < a.heads; ++h) {
-      const bool nothing = empty || s.sum[h] == 0;  // no key, or scores of -inf alone
-      lse[h] = nothing ? static_cast<S>(__builtin_inf()) : s.max[h] + log(s.sum[h]);
-      const V inverse = splat<V>(nothing ? 0 : 1 / s.sum[h]);
+  // One block; `next` is the walk, and next_block its block, that will be multiplied after it.
+  void block(const Scratch& s, Walk& w, int64_t heads, int64_t i, const Walk& next, int64_t next_block) const {
+    const int64_t n = w.counts[i];
+    if (n == 0) return;
+    const State& state = w.any ? w.part : w.total;
+    s.rows.gather(a, w.keys + i * kBlock, n, next.keys + next_block * kBlock, next.counts[next_block]);
+    dots<V>(s.rows.rows, n, w.q, heads, a.dim, s.p, s.rows.to_fetch());
+    softmax(s.p, s.alpha, state, heads, n, !w.any_here);
+    weighted<V>({s.p, s.rows.rows, n, state.acc, a.value_dim, w.any_here ? Into::scale_add : Into::store, s.alpha,
+                 s.rows.to_fetch(1), 2},
+                heads, a.value_dim);
+    w.any_here = true;
+  }
+
+  void end_segment(Walk& w, int64_t heads) const {
+    if (w.any && w.any_here) fold(w.total, w.part, heads);
+    w.any |= w.any_here;
+    w.any_here = false;
+  }
+
+  // total, part: of consecutive segments, both with keys. To total.
+  void fold(const State& total, const State& part, int64_t heads) const {
+    const S lowest = -static_cast<S>(__builtin_inf());
+    for (int64_t h = 0; h < heads; ++h) {
+      const S now = part.max[h] > total.max[h] ? part.max[h] : total.max[h], base = now > lowest ? now : 0;
+      S of_total[L], of_part[L];
+      store(of_total, exp(splat<V>(total.max[h] - base)));
+      store(of_part, exp(splat<V>(part.max[h] - base)));
+      total.max[h] = now;
+      total.sum[h] = total.sum[h] * of_total[0] + part.sum[h] * of_part[0];
+      const V x = splat<V>(of_total[0]), y = splat<V>(of_part[0]);
+      S *to = total.acc + h * a.value_dim, *from = part.acc + h * a.value_dim;
       for (int64_t d = 0; d < a.value_dim; d += L) {
         const int64_t n = a.value_dim - d;
-        store_n(out + h * a.value_dim + d, nothing ? splat<V>(0) : load_n(s.acc + h * a.value_dim + d, n) * inverse, n);
+        if (n >= L) store(to + d, fma(load(from + d), y, load(to + d) * x));
+        else store_n(to + d, fma(load_n(from + d, n), y, load_n(to + d, n) * x), n);
       }
     }
   }
 
-  void query(int64_t t) const {
-    const Scratch s = scratch();
-    transpose(static_cast<const T*>(a.q) + t * a.heads * a.dim, s.qt, a.heads, a.dim, lanes);
-    const int32_t* list = a.indices + t * a.topk;
-    bool first = true;
-    for (int64_t j = 0; j < a.topk; j += kBlock) {
-      const int64_t n = compact(list, j, j + kBlock < a.topk ? j + kBlock : a.topk, s.keys);
-      if (n == 0) continue;
-      gather(static_cast<const T*>(a.kv), a.dim, s.keys, n, s.rows, s.row_of);
-      multiply<V, false>({s.row_of, 1, nullptr, s.qt, lanes, s.p_of, Into::store, nullptr}, n, lanes, a.dim);
-      softmax(s, n, first);
-      multiply<V, true>({s.a_of, lanes, s.row_of, nullptr, 0, s.acc_of, first ? Into::store : Into::scale_add, s.alpha},
-                        a.heads, a.value_dim, n);
-      first = false;
+  void finish(const State& state, int64_t t, int64_t h0, int64_t heads, bool empty) const {
+    T* out = static_cast<T*>(a.out) + (t * a.heads + h0) * a.value_dim;
+    S* lse = static_cast<S*>(a.lse) + t * a.heads + h0;
+    for (int64_t h = 0; h < heads; ++h) {
+      const bool nothing = empty || state.sum[h] == 0;  // no key, or scores of -inf alone
+      lse[h] = nothing ? static_cast<S>(__builtin_inf()) : state.max[h] + log_of(state.sum[h]);
+      const V inverse = splat<V>(nothing ? 0 : 1 / state.sum[h]);
+      for (int64_t d = 0; d < a.value_dim; d += L) {
+        const int64_t n = a.value_dim - d;
+        store_n(out + h * a.value_dim + d, nothing ? splat<V>(0) : load_n(state.acc + h * a.value_dim + d, n) * inverse, n);
+      }
     }
-    finish(s, t, first);
+  }
+  static float log_of(float x) { return __builtin_logf(x); }
+  static double log_of(double x) { return __builtin_log(x); }
+
+  // Queries t0 .. t0 + n - 1, block by block in step.
+  void queries(int64_t t0, int64_t n) const {
+    Scratch s = scratch(n, a.heads, a.topk, true);
+    for (int64_t g = 0; g < n; ++g) begin(s.walks[g], t0 + g, 0, a.heads, 0, a.topk);
+    const int64_t blocks = blocks_of(a.topk);
+    for (int64_t i = 0; i < blocks; ++i) {
+      for (int64_t g = 0; g < n; ++g)
+        block(s, s.walks[g], a.heads, i, s.walks[g + 1 < n ? g + 1 : 0], g + 1 < n ? i : i + 1);
+      if ((i + 1) % (kSegment / kBlock) == 0 || i + 1 == blocks)
+        for (int64_t g = 0; g < n; ++g) end_segment(s.walks[g], a.heads);
+    }
+    for (int64_t g = 0; g < n; ++g) finish(s.walks[g].total, t0 + g, 0, a.heads, !s.walks[g].any);
+  }
+
+  // Few queries: every segment of every group of heads is a task, then every group is folded.
+  void run_in_parts() const {
+    GLM5_COUNT_PATH("sparse_mla forward in parts");
+    const int64_t groups = (a.heads + kHeadGroup - 1) / kHeadGroup, states = a.queries * segments;
+    State parts{};  // [query][segment][heads]
+    char* any = nullptr;
+    carve_scratch(1, [&](Carver& c) {
+      parts.carve(c, states * a.heads, a.value_dim);
+      any = c.take<char>(states * groups);
+    });
+    const auto heads_of = [&](int64_t group) { return least(kHeadGroup, a.heads - group * kHeadGroup); };
+    parallel_tasks(states * groups, [&](int64_t task) {
+      const int64_t group = task % groups, part = task / groups, t = part / segments, j = part % segments * kSegment;
+      const int64_t heads = heads_of(group), h0 = group * kHeadGroup, end = least(j + kSegment, a.topk);
+      Scratch s = scratch(1, heads, kSegment, false);
+      Walk& w = s.walks[0];
+      begin(w, t, h0, heads, j, end);
+      w.total = parts.from_head(part * a.heads + h0, a.value_dim);
+      for (int64_t i = 0; i < blocks_of(end - j); ++i) block(s, w, heads, i, w, i + 1);
+      any[task] = w.any_here;
+    });
+    parallel_tasks(a.queries * groups, [&](int64_t task) {
+      const int64_t group = task % groups, t = task / groups, h0 = group * kHeadGroup;
+      State total{};
+      bool found = false;
+      for (int64_t i = 0; i < segments; ++i) {
+        if (!any[(t * segments + i) * groups + group]) continue;
+        const State part = parts.from_head((t * segments + i) * a.heads + h0, a.value_dim);
+        if (found) fold(total, part, heads_of(group));
+        else total = part;
+        found = true;
+      }
+      finish(total, t, h0, heads_of(group), !found);
+    });
   }
 
   void run() const {
-    parallel_tasks(a.queries, [&](int64_t t) { query(t); });
+    const int threads = num_threads();
+    if (threads > 1 && a.queries < 4 * threads && (segments > 1 || a.heads > kHeadGroup)) return run_in_parts();
+    const int64_t together = queries_together(a);
+    parallel_tasks((a.queries + together - 1) / together,
+                   [&](int64_t task) { queries(task * together, least(together, a.queries - task * together)); });
   }
 };
 
@@ -176,48 +315,37 @@ void attn_target(const SparseMlaArgs& a) {
   using V = Vector<T>;
   using S = Acc<T>;
   constexpr int L = V::kLanes;
-  const int64_t lanes = padded<V>(a.heads);
   parallel_tasks(a.queries, [&](int64_t t) {
-    S *qt = nullptr, *rows = nullptr, *p = nullptr, *lse = nullptr;
-    const S** row_of = nullptr;
-    S** p_of = nullptr;
+    Rows<T> rows{};
+    S *q_wide = nullptr, *p = nullptr;
     int32_t* keys = nullptr;
     carve_scratch(0, [&](Carver& c) {
-      qt = c.take<S>(a.dim * lanes);
-      rows = c.take<S>(sizeof(T) == sizeof(S) ? 0 : kBlock * a.dim);
-      p = c.take<S>(kBlock * lanes);
-      lse = c.take<S>(lanes);
-      row_of = c.take<const S*>(kBlock);
-      p_of = c.take<S*>(kBlock);
+      rows.carve(c, a.dim);
+      q_wide = c.take<S>(Rows<T>::kWiden ? a.heads * a.dim : 0);
+      p = c.take<S>(a.heads * kBlock);
       keys = c.take<int32_t>(kBlock);
     });
-    for (int64_t i = 0; i < kBlock; ++i) p_of[i] = p + i * lanes;
-    // Padded heads get p = exp(0 - inf) = 0.
-    for (int64_t h = 0; h < lanes; ++h)
-      lse[h] = h < a.heads ? static_cast<const S*>(a.lse)[t * a.heads + h] : static_cast<S>(__builtin_inf());
-    transpose(static_cast<const T*>(a.q) + t * a.heads * a.dim, qt, a.heads, a.dim, lanes);
+    const S* q = widened(static_cast<const T*>(a.q) + t * a.heads * a.dim, q_wide, a.heads * a.dim);
+    const S* lse = static_cast<const S*>(a.lse) + t * a.heads;
     const int32_t* list = a.indices + t * a.topk;
     S* target = static_cast<S*>(a.target) + t * a.topk;
     const V scale = splat<V>(static_cast<S>(a.scale));
     S total = 0;
     for (int64_t j = 0; j < a.topk; j += kBlock) {
-      const int64_t end = j + kBlock < a.topk ? j + kBlock : a.topk;
-      const int64_t n = compact(list, j, end, keys);
+      const int64_t end = least(j + kBlock, a.topk), n = compact(list, j, end, keys);
       S mass = 0;
       if (n > 0) {
-        gather(static_cast<const T*>(a.kv), a.dim, keys, n, rows, row_of);
-        multiply<V, false>({row_of, 1, nullptr, qt, lanes, p_of, Into::store, nullptr}, n, lanes, a.dim);
+        rows.gather(a, keys, n, nullptr, 0);
+        dots<V>(rows.rows, n, q, a.heads, a.dim, p, nullptr);
+        for (int64_t i = 0; i < n; i += L) {
+          V x = splat<V>(0);
+          for (int64_t h = 0; h < a.heads; ++h) x = x + exp(load(p + h * kBlock + i) * scale - splat<V>(lse[h]));
+          store(p + i, x);
+        }
       }
       for (int64_t i = j, k = 0; i < end; ++i) {
-        if (list[i] < 0) {
-          target[i] = 0;
-          continue;
-        }
-        V x = splat<V>(0);
-        for (int64_t h = 0; h < lanes; h += L) x = x + exp(load(p + k * lanes + h) * scale - load(lse + h));
-        target[i] = sum(x);
+        target[i] = list[i] < 0 ? 0 : p[k++];
         mass += target[i];
-        ++k;
       }
       total += mass;
     }
@@ -234,12 +362,13 @@ struct Backward {
   static constexpr int L = V::kLanes;
   static constexpr bool kWiden = sizeof(T) != sizeof(S);
   const SparseMlaArgs& a;
-  const int64_t lanes = padded<V>(a.heads);
+  const int64_t blocks = blocks_of(a.topk), kept = blocks * a.heads * kBlock;  // elements of a query's p
   int64_t chunk = 0, range_shift = 0, ranges = 0;
 
   // Of the chunk's queries, [slot] outermost.
-  S *p = nullptr, *ds = nullptr, *q_wide = nullptr, *dout_wide = nullptr;
-  int32_t *keys = nullptr, *counts = nullptr;
+  S *p = nullptr, *ds = nullptr;  // [blocks][heads][kBlock]
+  S *q_wide = nullptr, *dout_wide = nullptr;
+  int32_t* keys = nullptr;
   int32_t *order = nullptr, *starts = nullptr;  // positions sorted by key range; [ranges + 1] starts
 
   void plan() {
@@ -250,95 +379,127 @@ struct Backward {
     while ((int64_t{1} << range_shift) * a.topk < a.keys * 24) ++range_shift;
     while (range_shift > 6 && (a.keys >> range_shift) < 8) --range_shift;
     ranges = (a.keys + (int64_t{1} << range_shift) - 1) >> range_shift;
-    const int64_t bytes = a.topk * lanes * 2 * sizeof(S) + 1;
+    const int64_t bytes = kept * 2 * sizeof(S) + 1;
     chunk = (int64_t{32} << 20) / bytes;
     if (chunk < 8 * num_threads()) chunk = 8 * num_threads();
     if (chunk > a.queries) chunk = a.queries;
     carve_scratch(1, [&](Carver& c) {
-      p = c.take<S>(chunk * a.topk * lanes);
-      ds = c.take<S>(chunk * a.topk * lanes);
+      p = c.take<S>(chunk * kept);
+      ds = c.take<S>(chunk * kept);
       q_wide = c.take<S>(kWiden ? chunk * a.heads * a.dim : 0);
       dout_wide = c.take<S>(kWiden ? chunk * a.heads * a.value_dim : 0);
       keys = c.take<int32_t>(chunk * a.topk);
-      counts = c.take<int32_t>(chunk);
       order = c.take<int32_t>(chunk * a.topk);
       starts = c.take<int32_t>(chunk * (ranges + 1));
     });
   }
 
-  // p, dS and dq of query t, kept in `slot`.
-  void query(int64_t t, int64_t slot) const {
-    S *qt = nullptr, *dt = nullptr, *rows = nullptr, *acc = nullptr, *lse = nullptr, *delta = nullptr;
-    const S **row_of = nullptr, **a_of = nullptr;
-    S **p_of = nullptr, **ds_of = nullptr, **acc_of = nullptr;
-    carve_scratch(0, [&](Carver& c) {
-      qt = c.take<S>(a.dim * lanes);
-      dt = c.take<S>(a.value_dim * lanes);
-      rows = c.take<S>(kWiden ? kBlock * a.dim : 0);
-      acc = c.take<S>(a.heads * a.dim);
-      lse = c.take<S>(lanes);
-      delta = c.take<S>(lanes);
-      row_of = c.take<const S*>(kBlock);
-      a_of = c.take<const S*>(a.heads);
-      p_of = c.take<S*>(kBlock);
-      ds_of = c.take<S*>(kBlock);
-      acc_of = c.take<S*>(a.heads);
-    });
-    const T* q = static_cast<const T*>(a.q) + t * a.heads * a.dim;
-    const T* dout = static_cast<const T*>(a.dout) + t * a.heads * a.value_dim;
-    const T* kv = static_cast<const T*>(a.kv);
-    transpose(q, qt, a.heads, a.dim, lanes);
-    transpose(dout, dt, a.heads, a.value_dim, lanes);
-    if constexpr (kWiden) {
-      widen(q, q_wide + slot * a.heads * a.dim, a.heads * a.dim);
-      widen(dout, dout_wide + slot * a.heads * a.value_dim, a.heads * a.value_dim);
-    }
-    for (int64_t h = 0; h < lanes; ++h) {
-      lse[h] = h < a.heads ? static_cast<const S*>(a.lse)[t * a.heads + h] : static_cast<S>(__builtin_inf());
-      delta[h] = 0;
-    }
-    int32_t* list = keys + slot * a.topk;
-    const int64_t n = compact(a.indices + t * a.topk, 0, a.topk, list);
-    counts[slot] = static_cast<int32_t>(n);
-    S *p_q = p + slot * a.topk * lanes, *ds_q = ds + slot * a.topk * lanes;
+  // Row t of q and dout in S.
+  const S* q_of(int64_t t, int64_t slot) const {
+    return kWiden ? q_wide + slot * a.heads * a.dim : static_cast<const S*>(a.q) + t * a.heads * a.dim;
+  }
+  const S* dout_of(int64_t t, int64_t slot) const {
+    const int64_t size = a.heads * a.value_dim;
+    return kWiden ? dout_wide + slot * size : static_cast<const S*>(a.dout) + t * size;
+  }
+
+  // From scores and dP of a block of n keys: p in place, zeros behind, and delta += sum of p * dP.
+  void probabilities(S* p_block, S* dp_block, const S* lse, int64_t n, S* delta) const {
     const V scale = splat<V>(static_cast<S>(a.scale));
-    for (int64_t j = 0; j < n; j += kBlock) {
-      const int64_t m = n - j < kBlock ? n - j : kBlock;
-      gather(kv, a.dim, list + j, m, rows, row_of);
-      for (int64_t i = 0; i < m; ++i) p_of[i] = p_q + (j + i) * lanes, ds_of[i] = ds_q + (j + i) * lanes;
-      multiply<V, false>({row_of, 1, nullptr, qt, lanes, p_of, Into::store, nullptr}, m, lanes, a.dim);
-      multiply<V, false>({row_of, 1, nullptr, dt, lanes, ds_of, Into::store, nullptr}, m, lanes, a.value_dim);
-      for (int64_t h = 0; h < lanes; h += L) {
-        V total = splat<V>(0);
-        const V minus = load(lse + h);
-        for (int64_t i = 0; i < m; ++i) {
-          const V x = exp(load(p_of[i] + h) * scale - minus);
-          store(p_of[i] + h, x);
-          total = fma(x, load(ds_of[i] + h), total);
-        }
-        store(delta + h, load(delta + h) + total);
+    for (int64_t h = 0; h < a.heads; ++h, p_block += kBlock, dp_block += kBlock, delta += L) {
+      V total = load(delta);
+      for (int64_t i = 0; i < n; i += L) {
+        V x = exp(load(p_block + i) * scale - splat<V>(lse[h])), y = load(dp_block + i);
+        if (i + L > n) x = first_lanes(x, n - i), y = first_lanes(y, n - i);
+        store(p_block + i, x);
+        store(dp_block + i, y);
+        total = fma(x, y, total);
       }
+      store(delta, total);
     }
-    if (a.dlse)
-      for (int64_t h = 0; h < a.heads; ++h) delta[h] -= static_cast<const S*>(a.dlse)[t * a.heads + h];
-    for (int64_t h = 0; h < a.heads; ++h) acc_of[h] = acc + h * a.dim;
-    for (int64_t j = 0; j < n; j += kBlock) {
-      const int64_t m = n - j < kBlock ? n - j : kBlock;
-      for (int64_t i = j; i < j + m; ++i)
-        for (int64_t h = 0; h < lanes; h += L) {
-          S* x = ds_q + i * lanes + h;
-          store(x, load(p_q + i * lanes + h) * (load(x) - load(delta + h)) * scale);
-        }
-      if (kWiden ? n > kBlock || j > 0 : true) gather(kv, a.dim, list + j, m, rows, row_of);
-      for (int64_t h = 0; h < a.heads; ++h) a_of[h] = ds_q + j * lanes + h;
-      multiply<V, true>({a_of, lanes, row_of, nullptr, 0, acc_of, j ? Into::add : Into::store, nullptr}, a.heads, a.dim, m);
+  }
+
+  // p, dS and dq of queries t0 + slot .. t0 + slot + count - 1, the first two kept in slot and on. In step, as in the
+  // forward.
+  void queries(int64_t t0, int64_t slot0, int64_t count) const {
+    struct Walk {
+      const S *q, *dout, *lse;
+      S *p, *ds, *acc, *delta;
+      int32_t* list;
+      int64_t n;
+    } walks[kTogether];
+    Rows<T> rows{};
+    carve_scratch(0, [&](Carver& c) {
+      rows.carve(c, a.dim);
+      for (int64_t g = 0; g < count; ++g) {
+        walks[g].acc = c.take<S>(a.heads * a.dim);
+        walks[g].delta = c.take<S>(a.heads * L);
+      }
+    });
+    int64_t most = 0;
+    for (int64_t g = 0; g < count; ++g) {
+      Walk& w = walks[g];
+      const int64_t slot = slot0 + g, t = t0 + slot, q_size = a.heads * a.dim, dout_size = a.heads * a.value_dim;
+      w.q = widened(static_cast<const T*>(a.q) + t * q_size, q_wide + slot * q_size, q_size);
+      w.dout = widened(static_cast<const T*>(a.dout) + t * dout_size, dout_wide + slot * dout_size, dout_size);
+      w.lse = static_cast<const S*>(a.lse) + t * a.heads;
+      for (int64_t i = 0; i < a.heads * L; ++i) w.delta[i] = 0;
+      w.p = p + slot * kept;
+      w.ds = ds + slot * kept;
+      w.list = keys + slot * a.topk;
+      w.n = compact(a.indices + t * a.topk, 0, a.topk, w.list);
+      if (w.n > most) most = w.n;
     }
-    T* dq = static_cast<T*>(a.dq) + t * a.heads * a.dim;
-    for (int64_t i = 0; i < a.heads * a.dim; i += L) {
-      const int64_t left = a.heads * a.dim - i;
-      store_n(dq + i, n ? load_n(acc + i, left) : splat<V>(0), left);
+    const auto size = [](const Walk& w, int64_t j) { return j < 0 || j >= w.n ? 0 : least(w.n - j, kBlock); };
+    const auto gather = [&](int64_t g, int64_t j, int64_t step) {  // rows of block j of walk g, and what follows it
+      const bool wrap = g + 1 == count;
+      const Walk& next = walks[wrap ? 0 : g + 1];
+      const int64_t to = wrap ? j + step : j;
+      rows.gather(a, walks[g].list + j, size(walks[g], j), next.list + to, size(next, to));
+    };
+    for (int64_t j = 0; j < most; j += kBlock)
+      for (int64_t g = 0; g < count; ++g) {
+        const Walk& w = walks[g];
+        const int64_t m = size(w, j), at = j * a.heads;
+        if (m == 0) continue;
+        gather(g, j, kBlock);
+        dots<V>(rows.rows, m, w.q, a.heads, a.dim, w.p + at, rows.to_fetch());
+        dots<V>(rows.rows, m, w.dout, a.heads, a.value_dim, w.ds + at, rows.to_fetch(1));
+        probabilities(w.p + at, w.ds + at, w.lse, m, w.delta);
+      }
+    for (int64_t g = 0; g < count; ++g)
+      for (int64_t h = 0; h < a.heads; ++h) {
+        S* delta = walks[g].delta;
+        delta[h] = sum(load(delta + h * L));
+        if (a.dlse) delta[h] -= static_cast<const S*>(a.dlse)[(t0 + slot0 + g) * a.heads + h];
+      }
+    const V scale = splat<V>(static_cast<S>(a.scale));
+    // From the last block back: its rows are those that the caches still hold.
+    for (int64_t j = (most - 1) / kBlock * kBlock; j >= 0 && most > 0; j -= kBlock)
+      for (int64_t g = 0; g < count; ++g) {
+        const Walk& w = walks[g];
+        const int64_t m = size(w, j), at = j * a.heads;
+        if (m == 0) continue;
+        for (int64_t h = 0; h < a.heads; ++h)
+          for (int64_t i = 0; i < m; i += L) {
+            S* x = w.ds + at + h * kBlock + i;
+            store(x, load(w.p + at + h * kBlock + i) * (load(x) - splat<V>(w.delta[h])) * scale);
+          }
+        gather(g, j, -kBlock);
+        weighted<V>({w.ds + at, rows.rows, m, w.acc, a.dim, j + kBlock >= w.n ? Into::store : Into::add, nullptr,
+                     rows.to_fetch(), 1},
+                    a.heads, a.dim);
+      }
+    for (int64_t g = 0; g < count; ++g) {
+      const Walk& w = walks[g];
+      const int64_t slot = slot0 + g;
+      T* dq = static_cast<T*>(a.dq) + (t0 + slot) * a.heads * a.dim;
+      for (int64_t i = 0; i < a.heads * a.dim; i += L) {
+        const int64_t left = a.heads * a.dim - i;
+        store_n(dq + i, w.n ? load_n(w.acc + i, left) : splat<V>(0), left);
+      }
+      sort_by_range(w.list, w.n, order + slot * a.topk, starts + slot * (ranges + 1));
     }
-    sort_by_range(list, n, order + slot * a.topk, starts + slot * (ranges + 1));
   }
 
   // Positions of the list by key range, stable: a range walks its keys in list order.
@@ -353,26 +514,26 @@ struct Backward {
 
   // Adds the chunk's share to the dkv rows of one key range.
   void range(int64_t r, int64_t t0, int64_t queries_here) const {
+    constexpr int64_t kRows = 96;
     S* dkv = static_cast<S*>(a.dkv_acc);
-    const S* p_of[kBlock];
-    const S* ds_of[kBlock];
-    S* c_of[kBlock];
+    int64_t at[kRows];
+    S* c_of[kRows];
     for (int64_t slot = 0; slot < queries_here; ++slot) {
       const int32_t* start = starts + slot * (ranges + 1) + r;
       const int32_t* sorted = order + slot * a.topk;
-      const S* q = kWiden ? q_wide + slot * a.heads * a.dim : static_cast<const S*>(a.q) + (t0 + slot) * a.heads * a.dim;
-      const S* dout = kWiden ? dout_wide + slot * a.heads * a.value_dim
-                             : static_cast<const S*>(a.dout) + (t0 + slot) * a.heads * a.value_dim;
-      for (int64_t j = start[0]; j < start[1]; j += kBlock) {
-        const int64_t m = start[1] - j < kBlock ? start[1] - j : kBlock;
+      const int64_t t = t0 + slot;
+      const bool more = slot + 1 < queries_here;
+      for (int64_t j = start[0]; j < start[1]; j += kRows) {
+        const int64_t m = least(start[1] - j, kRows);
         for (int64_t i = 0; i < m; ++i) {
-          const int64_t at = slot * a.topk + sorted[j + i];
-          p_of[i] = p + at * lanes;
-          ds_of[i] = ds + at * lanes;
-          c_of[i] = dkv + keys[at] * a.dim;
+          const int64_t position = sorted[j + i];
+          at[i] = position / kBlock * a.heads * kBlock + position % kBlock;
+          c_of[i] = dkv + keys[slot * a.topk + position] * a.dim;
         }
-        multiply<V, false>({ds_of, 1, nullptr, q, a.dim, c_of, Into::add, nullptr}, m, a.dim, a.heads);
-        multiply<V, false>({p_of, 1, nullptr, dout, a.value_dim, c_of, Into::add, nullptr}, m, a.value_dim, a.heads);
+        const bool fetch = more && j == start[0];
+        scatter<V>({ds + slot * kept, p + slot * kept, at, q_of(t, slot), dout_of(t, slot), a.heads, a.dim, a.value_dim,
+                    c_of, fetch ? q_of(t + 1, slot + 1) : nullptr, fetch ? dout_of(t + 1, slot + 1) : nullptr},
+                   m);
       }
     }
   }
@@ -392,9 +553,11 @@ struct Backward {
       return;
     }
     plan();
+    const int64_t together = queries_together(a);
     for (int64_t t0 = 0; t0 < a.queries; t0 += chunk) {
       const int64_t here = t0 + chunk < a.queries ? chunk : a.queries - t0;
-      parallel_tasks(here, [&](int64_t slot) { query(t0 + slot, slot); });
+      parallel_tasks((here + together - 1) / together,
+                     [&](int64_t task) { queries(t0, task * together, least(together, here - task * together)); });
       parallel_tasks(ranges, [&](int64_t r) { range(r, t0, here); });
     }
     if constexpr (kWiden)

@@ -1,5 +1,6 @@
 """Sparse MLA: against float64, row by row and list by list, on every instruction set."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -310,9 +311,14 @@ def test_the_last_of_many_indices_is_checked(isa):
 
 def paths(isa):
     """Every microkernel and tail of an instruction set."""
-    rows = (4, 2, 1) if isa == "portable" else (6, 4, 2, 1)
-    names = [f"sparse_mla {kind} {r}" for kind in ("wide tile", "tile", "masked tile") for r in rows]
+    wide = isa in ("avx512", "amx")
+    names = [f"sparse_mla dots {tile}" for tile in (("4x4", "2x8", "1x16") if wide else ("3x4", "2x4", "1x8"))]
+    for kind in ("", "narrow ", "masked "):
+        names += [f"sparse_mla {kind}weighted {heads}" for heads in ((8, 4, 2, 1) if wide else (4, 2, 1))]
+        names += [f"sparse_mla {kind}scatter{keys}" for keys in ("", " 2", " 1")]
+    names += ["sparse_mla forward in parts"]
     if isa == "avx512":
+        rows = (6, 4, 2, 1)
         names += [f"sparse_mla pairs scores {tile}" for tile in "8x1 6x2 6x3 6x4 2x1 2x2 2x3 2x4".split()]
         names += ["sparse_mla pairs scores of few heads"]
         names += [f"sparse_mla pairs weighted {r}x{v}" for r in rows for v in (4, 2)]
@@ -325,16 +331,47 @@ def paths(isa):
     return names
 
 
+@contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@DTYPES
+@pytest.mark.parametrize("heads", [1, 8, 13, 64])
+def test_one_row_has_the_bits_of_a_row_of_many(isa, dtype, heads):
+    """One row is cut over threads by segments of its list and groups of heads; 64 rows are not."""
+    arguments = example(queries=64, keys=900, heads=heads, topk=800, dtype=dtype)
+    holes = torch.rand(64, 800, generator=torch.Generator().manual_seed(2)) < 0.2
+    arguments["indices"][holes] = -1
+    arguments["indices"][0, 256:520] = -1  # a segment with no key, and some of the next
+    arguments["indices"][1, :300] = -1  # no key in the first
+    for count in (1, 2, 3):
+        with threads(count):
+            many = ops.sparse_mla(**arguments)
+            for rows in (slice(0, 1), slice(1, 2), slice(0, 5)):
+                few = {**arguments, "q": arguments["q"][rows], "indices": arguments["indices"][rows]}
+                assert all(same_bits(a[rows], b) for a, b in zip(many, ops.sparse_mla(**few), strict=True)), (count, rows)
+    assert not complaints(replace(SPARSE_MLA, differentiable=()), ops.sparse_mla, arguments, dtype)
+
+
 def test_every_tile_runs(isa):
     """Shapes that reach every tile and tail of this instruction set's kernels; the tests above judge their numbers."""
     with _native.counted_paths() as counts:
         for dtype in (torch.bfloat16, torch.float32):
             for heads in (1, 3, 6, 7, 20, 40, 64):
                 everything(example(heads=heads, dim=108, d_v=69, dtype=dtype))
+            everything(example(heads=3, dim=140, d_v=130, dtype=dtype))
             everything(example(valid=11, dtype=dtype))
             rising = example(keys=300, topk=300, dtype=dtype)
             rising["kv"] *= torch.linspace(0, 100, 300, dtype=dtype)[:, None]
             everything(rising)
+            with threads(2):
+                everything(example(queries=1, heads=64, dtype=dtype))
     assert not (missing := [name for name in paths(isa) if not counts.get(name)]), f"{missing} of {sorted(counts)}"
 
 
