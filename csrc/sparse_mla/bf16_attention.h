@@ -105,7 +105,6 @@ struct PairForward : Shape {
   }
 
   void query(int64_t t) const {
-    const TileSession session;
     const Scratch s = scratch();
     pack_for_scores(words_of(a.q) + t * a.heads * a.dim, a.heads, a.dim, lanes, s.q);
     const int32_t* list = a.indices + t * a.topk;
@@ -127,7 +126,7 @@ struct PairForward : Shape {
         gather_rows(words_of(a.kv), a.dim, keys, n, s.rows, s.words, value32);
         scores(s.rows, dim32, n, s.q, a.heads, lanes, dim32 / 2, s.s, {words_of(a.kv), a.dim, keys + n, next});
         softmax(s, n, first);
-        weighted(s.p, lanes, a.heads, n, s.words, value32, s.acc, !first, s.alpha, nullptr, 0);
+        weighted(s.p, lanes, a.heads, n, s.words, value32, s.acc, !first, s.alpha);
         first = false;
       }
       from += n;
@@ -143,6 +142,51 @@ void pair_forward(const SparseMlaArgs& args) {
 }
 
 #endif
+
+// The list without -1 to `sorted`, stably sorted by ranges of 2^shift keys; start[r] is where range r begins. Returns how
+// many there are.
+inline int64_t sort_by_range(const int32_t* list, int64_t n, int64_t shift, int64_t ranges, int32_t* sorted,
+                             int32_t* start) {
+  for (int64_t r = 0; r <= ranges; ++r) start[r] = 0;
+  for (int64_t i = 0; i < n; ++i)
+    if (list[i] >= 0) ++start[(list[i] >> shift) + 1];
+  for (int64_t r = 0; r < ranges; ++r) start[r + 1] += start[r];
+  for (int64_t i = 0; i < n; ++i)
+    if (list[i] >= 0) sorted[start[list[i] >> shift]++] = list[i];
+  for (int64_t r = ranges; r > 0; --r) start[r] = start[r - 1];
+  start[0] = 0;
+  return start[ranges];
+}
+
+// The steps that the backward has in either form: Op plans chunks of queries and ranges of keys.
+template <class Op>
+void run_backward(Op op) {
+  const SparseMlaArgs& a = op.a;
+  if (a.topk == 0 || a.keys == 0) {
+    std::memset(a.dq, 0, 2 * a.queries * a.heads * a.dim);
+    std::memset(a.dkv, 0, 2 * a.keys * a.dim);
+    return;
+  }
+  constexpr int64_t kRows = 64;
+  const int64_t row_tasks = (a.keys + kRows - 1) / kRows;
+  float* dkv = static_cast<float*>(a.dkv_acc);
+  const auto end_of = [&](int64_t task) { return (task + 1) * kRows < a.keys ? (task + 1) * kRows : a.keys; };
+  parallel_tasks(row_tasks, [&](int64_t task) {
+    std::memset(dkv + task * kRows * op.dim32, 0, sizeof(float) * op.dim32 * (end_of(task) - task * kRows));
+  });
+  op.plan();
+  for (int64_t t = 0; t < a.queries; t += op.chunk) {
+    const int64_t here = t + op.chunk < a.queries ? op.chunk : a.queries - t;
+    op.queries(t, here);
+    parallel_tasks(op.ranges, [&](int64_t r) { op.range(r, here); });
+  }
+  parallel_tasks(row_tasks, [&](int64_t task) {
+    for (int64_t i = task * kRows; i < end_of(task); ++i)
+      store_natural(dkv + i * op.dim32, 1, a.dim, static_cast<uint16_t*>(a.dkv) + i * a.dim);
+  });
+}
+
+#if !defined(__AMX_BF16__)  // tile_backward.h has the backward on tiles
 
 struct PairBackward : Shape {
   using Shape::Shape;
@@ -167,9 +211,8 @@ struct PairBackward : Shape {
     if (chunk < 8 * num_threads()) chunk = 8 * num_threads();
     if (chunk > a.queries) chunk = a.queries;
     carve_scratch(1, [&](Carver& c) {
-      // Tiles read up to 31 rows past a range's last.
-      p = c.take<uint16_t>((chunk * topk32 + 32) * depth);
-      ds = c.take<uint16_t>((chunk * topk32 + 32) * depth);
+      p = c.take<uint16_t>(chunk * topk32 * depth);
+      ds = c.take<uint16_t>(chunk * topk32 * depth);
       q = c.take<uint32_t>(chunk * depth / 2 * dim32);
       dout = c.take<uint32_t>(chunk * depth / 2 * value32);
       keys = c.take<int32_t>(chunk * a.topk);
@@ -177,21 +220,8 @@ struct PairBackward : Shape {
     });
   }
 
-  // The list without -1, stably sorted by key range; start[r] is where range r begins.
-  int64_t sort_by_range(const int32_t* list, int32_t* sorted, int32_t* start) const {
-    for (int64_t r = 0; r <= ranges; ++r) start[r] = 0;
-    for (int64_t i = 0; i < a.topk; ++i)
-      if (list[i] >= 0) ++start[(list[i] >> range_shift) + 1];
-    for (int64_t r = 0; r < ranges; ++r) start[r + 1] += start[r];
-    for (int64_t i = 0; i < a.topk; ++i)
-      if (list[i] >= 0) sorted[start[list[i] >> range_shift]++] = list[i];
-    for (int64_t r = ranges; r > 0; --r) start[r] = start[r - 1];
-    start[0] = 0;
-    return start[ranges];
-  }
-
   struct Scratch {
-    uint32_t *q, *dout, *words, *ds_words, *turned;
+    uint32_t *q, *dout, *words, *ds_words;
     uint16_t* rows;
     float *p, *ds, *acc, *lse, *delta;
   };
@@ -203,7 +233,6 @@ struct PairBackward : Shape {
       s.dout = c.take<uint32_t>(value32 / 2 * lanes);
       s.words = c.take<uint32_t>(block() / 2 * dim32);
       s.ds_words = c.take<uint32_t>(block() / 2 * lanes);
-      s.turned = c.take<uint32_t>(kTiles ? block() / 2 * lanes : 0);
       s.rows = c.take<uint16_t>(block() * dim32);
       s.p = c.take<float>(topk32 * lanes);
       s.ds = c.take<float>(topk32 * lanes);
@@ -261,7 +290,6 @@ struct PairBackward : Shape {
 
   // p, dS and dq of query t, the first two kept in `slot`.
   void query(int64_t t, int64_t slot) const {
-    const TileSession session;
     const Scratch s = scratch();
     const uint16_t *q_row = words_of(a.q) + t * a.heads * a.dim, *dout_row = words_of(a.dout) + t * a.heads * a.value_dim;
     pack_for_scores(q_row, a.heads, a.dim, lanes, s.q);
@@ -273,7 +301,7 @@ struct PairBackward : Shape {
       s.delta[h] = 0;
     }
     int32_t* list = keys + slot * a.topk;
-    const int64_t n = sort_by_range(a.indices + t * a.topk, list, starts + slot * (ranges + 1));
+    const int64_t n = sort_by_range(a.indices + t * a.topk, a.topk, range_shift, ranges, list, starts + slot * (ranges + 1));
     const bool one_block = n <= kPairBlock;
     for (int64_t j = 0; j < n; j += kPairBlock) {
       const int64_t m = n - j < kPairBlock ? n - j : kPairBlock, left = n - j - m;
@@ -289,7 +317,7 @@ struct PairBackward : Shape {
       const int64_t m = n - j < kPairBlock ? n - j : kPairBlock;
       gradients(s, j, m, p + slot * topk32 * depth, ds + slot * topk32 * depth);
       if (!one_block) gather_rows(words_of(a.kv), a.dim, list + j, m, nullptr, s.words, dim32);
-      weighted(s.ds_words, lanes, a.heads, m, s.words, dim32, s.acc, j > 0, nullptr, s.turned, block() / 2);
+      weighted(s.ds_words, lanes, a.heads, m, s.words, dim32, s.acc, j > 0, nullptr);
     }
     uint16_t* dq = static_cast<uint16_t*>(a.dq) + t * a.heads * a.dim;
     if (n == 0) std::memset(dq, 0, 2 * a.heads * a.dim);
@@ -299,9 +327,7 @@ struct PairBackward : Shape {
 
   // Adds the chunk's share to the dkv rows of one key range.
   void range(int64_t r, int64_t queries_here) const {
-    const TileSession session(depth / 2);
     constexpr int64_t kRows = 64;
-    float* spare = static_cast<float*>(thread_scratch(0, 32 * 32 * sizeof(float)));
     float* c[kRows];
     for (int64_t slot = 0; slot < queries_here; ++slot) {
       const int32_t* start = starts + slot * (ranges + 1) + r;
@@ -311,36 +337,19 @@ struct PairBackward : Shape {
         for (int64_t i = 0; i < m; ++i) c[i] = static_cast<float*>(a.dkv_acc) + list[j + i] * dim32;
         const int64_t at = (slot * topk32 + j) * depth;
         scatter(ds + at, p + at, depth, a.heads, m, q + slot * depth / 2 * dim32, dim32, dout + slot * depth / 2 * value32,
-                value32, c, spare);
+                value32, c);
       }
     }
   }
 
-  void run() {
-    if (a.topk == 0 || a.keys == 0) {
-      std::memset(a.dq, 0, 2 * a.queries * a.heads * a.dim);
-      std::memset(a.dkv, 0, 2 * a.keys * a.dim);
-      return;
-    }
-    constexpr int64_t kRows = 64;
-    const int64_t row_tasks = (a.keys + kRows - 1) / kRows;
-    float* dkv = static_cast<float*>(a.dkv_acc);
-    const auto end_of = [&](int64_t task) { return (task + 1) * kRows < a.keys ? (task + 1) * kRows : a.keys; };
-    parallel_tasks(row_tasks, [&](int64_t task) {
-      std::memset(dkv + task * kRows * dim32, 0, sizeof(float) * dim32 * (end_of(task) - task * kRows));
-    });
-    plan();
-    for (int64_t t = 0; t < a.queries; t += chunk) {
-      const int64_t here = t + chunk < a.queries ? chunk : a.queries - t;
-      parallel_tasks(here, [&](int64_t slot) { query(t + slot, slot); });
-      parallel_tasks(ranges, [&](int64_t r) { range(r, here); });
-    }
-    parallel_tasks(row_tasks, [&](int64_t task) {
-      for (int64_t i = task * kRows; i < end_of(task); ++i)
-        store_natural(dkv + i * dim32, 1, a.dim, static_cast<uint16_t*>(a.dkv) + i * a.dim);
-    });
+  void queries(int64_t t, int64_t here) const {
+    parallel_tasks(here, [&](int64_t slot) { query(t + slot, slot); });
   }
 };
+
+void pair_backward(const SparseMlaArgs& args) { run_backward(PairBackward(args)); }
+
+#endif
 
 struct PairTarget : Shape {
   using Shape::Shape;
@@ -392,7 +401,6 @@ struct PairTarget : Shape {
   }
 };
 
-void pair_backward(const SparseMlaArgs& args) { PairBackward(args).run(); }
 void pair_attn_target(const SparseMlaArgs& args) {
   const PairTarget op(args);
   parallel_tasks(args.queries, [&](int64_t t) { op.query(t); });

@@ -340,10 +340,9 @@ void weighted_tiles(const uint32_t* a, int64_t lanes, int64_t heads, int64_t wor
 }
 
 // c [heads][pitch] = (add ? c * alpha[head] : 0) + sum over n keys of a (words [n / 2][lanes], heads in lanes) times b
-// (words [n / 2][pitch], dims in lanes). `turned` is workspace of the tile form.
+// (words [n / 2][pitch], dims in lanes).
 inline void weighted(const uint32_t* a, int64_t lanes, int64_t heads, int64_t n, const uint32_t* b, int64_t pitch, float* c,
-                     bool add, const float* alpha, uint32_t* turned, int64_t turned_pitch) {
-  (void)turned, (void)turned_pitch;
+                     bool add, const float* alpha) {
   const int64_t words = (n + 1) / 2;
   int64_t d = 0;
   for (; d + 64 <= pitch; d += 64) weighted_tiles<4>(a, lanes, heads, words, b + d, pitch, c + d, add, alpha);
@@ -410,11 +409,9 @@ void scatter_rows(const uint16_t* ds, const uint16_t* p, int64_t depth, int64_t 
 }
 
 // c[i] [dim32] += ds[i] . q + p[i] . dout for n keys: ds and p bf16 [n][depth] along the heads; q and dout words
-// [depth / 2][dim32 | value32] with pairs along the heads. A row may come twice. depth is a multiple of 32, or a
-// smaller even number that the TileSession was opened with half of. `spare` is workspace of the tile form.
+// [depth / 2][dim32 | value32] with pairs along the heads. A row may come twice.
 inline void scatter(const uint16_t* ds, const uint16_t* p, int64_t depth, int64_t heads, int64_t n, const uint32_t* q,
-                    int64_t dim32, const uint32_t* dout, int64_t value32, float* const* c, float* spare) {
-  (void)spare;
+                    int64_t dim32, const uint32_t* dout, int64_t value32, float* const* c) {
   const int64_t words = (heads + 1) / 2;
   int64_t i = 0;
   for (; i + 6 <= n; i += 6) scatter_rows<6>(ds + i * depth, p + i * depth, depth, words, q, dim32, dout, value32, c + i);
@@ -470,13 +467,6 @@ GLM5_INLINE void tile_zero() {
   if constexpr (R > 1 && C > 1) _tile_zero(3);
 }
 template <int R, int C>
-GLM5_INLINE void tile_load(const float* c, int64_t ldc) {
-  _tile_loadd(0, c, ldc * 4);
-  if constexpr (C > 1) _tile_loadd(1, c + 16, ldc * 4);
-  if constexpr (R > 1) _tile_loadd(2, c + 16 * ldc, ldc * 4);
-  if constexpr (R > 1 && C > 1) _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
-}
-template <int R, int C>
 GLM5_INLINE void tile_store(float* c, int64_t ldc) {
   _tile_stored(0, c, ldc * 4);
   if constexpr (C > 1) _tile_stored(1, c + 16, ldc * 4);
@@ -510,69 +500,6 @@ inline void scores(const uint16_t* rows, int64_t pitch, int64_t n, const uint32_
       else score_tiles<1>(rows + i * pitch, pitch, b + h, lanes, words, s + i * lanes + h, fetch, i);
     }
   for (int64_t i = round_up(n, 32); i < ahead.n; ++i) prefetch_row(ahead.kv + ahead.keys[i] * ahead.dim, ahead.dim);
-}
-
-template <int R>
-void weighted_tiles(const uint32_t* a, int64_t a_pitch, int64_t words, const uint32_t* b, int64_t pitch, float* c,
-                    bool add) {
-  GLM5_COUNT_PATH(R == 2 ? "sparse_mla tiles weighted 2x2" : "sparse_mla tiles weighted 1x2");
-  stores_are_done();
-  if (add) tile_load<R, 2>(c, pitch);
-  else tile_zero<R, 2>();
-  for (int64_t w = 0; w < words; w += 16) tile_step<R, 2>(a + w, a_pitch * 4, 16 * a_pitch * 4, b + w * pitch, pitch * 4);
-  tile_store<R, 2>(c, pitch);
-}
-
-inline void weighted(const uint32_t* a, int64_t lanes, int64_t heads, int64_t n, const uint32_t* b, int64_t pitch, float* c,
-                     bool add, const float* alpha, uint32_t* turned, int64_t turned_pitch) {
-  (void)heads, (void)alpha;  // the backward has no alpha, and the forward on tiles is in tile_forward.h
-  const int64_t words = round_up(n, 32) / 2;
-  for (int64_t h = 0; h < lanes; h += 16)
-    for (int64_t w = 0; w < words; w += 16) {
-      __m512i r[16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(a + (w + i) * lanes + h);
-      transpose_16x16(r);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(turned + (h + i) * turned_pitch + w, r[i]);
-    }
-  for (int64_t d = 0; d < pitch; d += 32)
-    for (int64_t h = 0; h < lanes; h += 32) {
-      const uint32_t* rows = turned + h * turned_pitch;
-      if (lanes - h >= 32) weighted_tiles<2>(rows, turned_pitch, words, b + d, pitch, c + h * pitch + d, add);
-      else weighted_tiles<1>(rows, turned_pitch, words, b + d, pitch, c + h * pitch + d, add);
-    }
-}
-
-// The rows behind the n-th up to the next multiple of 16 are read and their results dropped.
-template <int R>
-void scatter_tiles(const uint16_t* ds, const uint16_t* p, int64_t depth, int64_t n, const uint32_t* q, int64_t dim32,
-                   const uint32_t* dout, int64_t value32, float* const* c, float* spare) {
-  GLM5_COUNT_PATH(R == 2 ? "sparse_mla tiles scatter 2x2" : "sparse_mla tiles scatter 1x2");
-  stores_are_done();
-  for (int64_t d = 0; d < dim32; d += 32) {
-    tile_zero<R, 2>();
-    for (int64_t k = 0; k < depth; k += 32)
-      tile_step<R, 2>(ds + k, depth * 2, 16 * depth * 2, q + k / 2 * dim32 + d, dim32 * 4);
-    if (d < value32)
-      for (int64_t k = 0; k < depth; k += 32)
-        tile_step<R, 2>(p + k, depth * 2, 16 * depth * 2, dout + k / 2 * value32 + d, value32 * 4);
-    tile_store<R, 2>(spare, 32);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t v = 0; v < 32; v += 16) {
-        float* to = c[i] + d + v;
-        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_loadu_ps(spare + i * 32 + v)));
-      }
-  }
-}
-
-inline void scatter(const uint16_t* ds, const uint16_t* p, int64_t depth, int64_t heads, int64_t n, const uint32_t* q,
-                    int64_t dim32, const uint32_t* dout, int64_t value32, float* const* c, float* spare) {
-  (void)heads;
-  int64_t i = 0;
-  for (; i + 16 < n; i += 32)
-    scatter_tiles<2>(ds + i * depth, p + i * depth, depth, n - i < 32 ? n - i : 32, q, dim32, dout, value32, c + i, spare);
-  if (i < n) scatter_tiles<1>(ds + i * depth, p + i * depth, depth, n - i, q, dim32, dout, value32, c + i, spare);
 }
 
 #endif

@@ -23,9 +23,10 @@ inline constexpr int64_t kFetches = 3;  // lines a step
 inline constexpr int64_t kChunk = 6;
 inline constexpr int64_t kRing = 4, kAhead = 3;
 
-// exp for x <= kSlack or so: 0 below about -104, NaN stays.
+// exp for x <= kSlack or so: 0 where it is not a normal number (those take the processor a hundred cycles), NaN stays.
 GLM5_INLINE F exp_of_difference(F x) {
-  const F clamped = max(splat<F>(-110.f), x);
+  const F lowest = splat<F>(-87.336544f), clamped = max(lowest, x);
+  const __mmask16 normal = _mm512_cmp_ps_mask(x.v, lowest.v, _CMP_NLT_UQ);
   const F n = round_to_integer(clamped * splat<F>(1.44269504088896341f));
   F r = fnma(n, splat<F>(0.693359375f), clamped);
   r = fnma(n, splat<F>(-2.12194440e-4f), r);
@@ -35,7 +36,7 @@ GLM5_INLINE F exp_of_difference(F x) {
   p = fma(p, r, splat<F>(4.1665795894e-2f));
   p = fma(p, r, splat<F>(1.6666665459e-1f));
   p = fma(p, r, splat<F>(5.0000001201e-1f));
-  return scale_by_power_of_two(fma(p, r * r, r + splat<F>(1.f)), n);
+  return {_mm512_maskz_scalef_ps(normal, fma(p, r * r, r + splat<F>(1.f)).v, n.v)};
 }
 
 inline constexpr int64_t kTileWords = 256;  // of a tile in memory
@@ -74,14 +75,21 @@ struct RowFetch {
 };
 
 struct TileForward : Shape {
-  const int64_t head_tiles = lanes / 16, steps = dim32 / 32, cols = value32 / 16;
+  const int64_t head_tiles = lanes / 16, cols = value32 / 16;
   const int64_t key_steps = topk32 < kTileBlock ? topk32 / 32 : kTileBlock / 32;  // of a block
-  // Steps of scores at a time, between which the sums rest in memory: so many that q's tiles stay in the first-level cache.
-  const int64_t chunk = (steps + (steps + kChunk - 1) / kChunk - 1) / ((steps + kChunk - 1) / kChunk);
   const int64_t passes = (head_tiles + 1) / 2;  // over the values of a line
   const int64_t max_blocks = (a.topk + kTileBlock - 1) / kTileBlock;
 
   explicit TileForward(const SparseMlaArgs& args) : Shape(args) {}
+
+  // What rows are multiplied with to give scores.
+  struct Scored {
+    const uint32_t* q;  // [head_tiles][steps] tiles
+    float* s;  // [block / 16][head_tiles] tiles of scores, keys down, heads across
+    int64_t steps;
+    // Steps at a time, between which the sums rest in memory: so many that q's tiles stay in the first-level cache.
+    int64_t chunk = (steps + (steps + kChunk - 1) / kChunk - 1) / ((steps + kChunk - 1) / kChunk);
+  };
 
   struct Keys {
     int32_t* keys;
@@ -89,12 +97,12 @@ struct TileForward : Shape {
   };
 
   struct Scratch {
-    uint32_t* q;  // [head_tiles][steps] tiles
+    uint32_t* q;
     const uint16_t** rows[2];  // [block] of a block: where its rows are, zeros at the end
     uint16_t* zeros;  // [dim32]
     uint16_t* ring;  // [kRing] the tiles of rows that scores are about to read, up to four at a time
     uint32_t* values[2];  // [key_steps][2] tiles: 32 dims of a block's values, pairs of keys down
-    float* s;  // [block / 16][head_tiles] tiles of scores, keys down, heads across
+    float* s;
     uint32_t* p[2];  // [key_steps][head_tiles] tiles, heads down, pairs of keys across
     float* acc;  // [cols][head_tiles] tiles, heads down, permuted dims across
     uint32_t* staged;  // one tile
@@ -105,7 +113,7 @@ struct TileForward : Shape {
   Scratch scratch() const {
     Scratch s{};
     carve_scratch(0, [&](Carver& c) {
-      s.q = c.take<uint32_t>(head_tiles * steps * kTileWords);
+      s.q = c.take<uint32_t>(head_tiles * dim32 / 32 * kTileWords);
       for (int i = 0; i < 2; ++i) s.rows[i] = c.take<const uint16_t*>(kTileBlock);
       s.zeros = c.take<uint16_t>(dim32);
       s.ring = c.take<uint16_t>(kRing * 4 * kTileWords * 2);
@@ -145,14 +153,14 @@ struct TileForward : Shape {
     k.start[k.blocks] = n;
   }
 
-  void pack_q(int64_t t, uint32_t* to) const {
-    const uint16_t* x = words_of(a.q) + t * a.heads * a.dim;
+  // x [heads][dim] to [head_tiles][steps] tiles.
+  void pack_heads(const uint16_t* x, int64_t dim, uint32_t* to) const {
     for (int64_t h = 0; h < lanes; h += 16)
-      for (int64_t d = 0; d < dim32; d += 32, to += kTileWords) {
+      for (int64_t d = 0; d < dim; d += 32, to += kTileWords) {
         __m512i r[16];
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i)
-          r[i] = h + i < a.heads ? load_32(x + (h + i) * a.dim + d, a.dim - d) : _mm512_setzero_si512();
+          r[i] = h + i < a.heads ? load_32(x + (h + i) * dim + d, dim - d) : _mm512_setzero_si512();
         transpose_16x16(r);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * 16, r[i]);
@@ -164,10 +172,11 @@ struct TileForward : Shape {
   template <int K, int C>
   struct RowTiles {
     const TileForward& op;
+    const Scored& x;
     const uint16_t* const* rows;
     uint16_t* ring;
     int64_t n;
-    int64_t k0 = 0, k1 = op.chunk, i = 0, h = 0, k = 0, slot = 0;
+    int64_t k0 = 0, k1 = x.chunk, i = 0, h = 0, k = 0, slot = 0;
     GLM5_INLINE void step() {
       if (h >= op.head_tiles) return;
       uint16_t* to = ring + slot * K * kTileWords * 2;
@@ -184,18 +193,20 @@ struct TileForward : Shape {
       k = k0, i += 16 * K;
       if (i < n) return;
       i = 0, k = k0 = k1;
-      k1 = k0 + op.chunk < op.steps ? k0 + op.chunk : op.steps;
-      if (k0 < op.steps) return;
-      k = k0 = 0, k1 = op.chunk, h += C;
+      k1 = k0 + x.chunk < x.steps ? k0 + x.chunk : x.steps;
+      if (k0 < x.steps) return;
+      k = k0 = 0, k1 = x.chunk, h += C;
     }
   };
 
-  // Scores of a block of n keys, 16 K of them with 16 C heads at a time, `beside` after every step, `after(i)` after every
-  // K tiles of keys.
-  template <int K, int C, class Beside>
-  GLM5_INLINE void score(const Scratch& s, const uint16_t* const* rows, int64_t n, const Beside& beside) const {
+  // Scores of a block of n keys, 16 K of them with 16 C heads at a time, `beside` after every step, and after(h, C, i, m)
+  // when those of keys i .. i + m - 1 and tiles h .. h + C - 1 of heads have been stored for a while.
+  template <int K, int C, class Beside, class After>
+  GLM5_INLINE void score(const Scored& x, uint16_t* ring, const uint16_t* const* rows, int64_t n, const Beside& beside,
+                         const After& after) const {
     static_assert(K * C <= 4);
-    RowTiles<K, C> tiles{*this, rows, s.ring, n};
+    const int64_t steps = x.steps, chunk = x.chunk;
+    RowTiles<K, C> tiles{*this, x, rows, ring, n};
     for (int i = 0; i < kAhead; ++i) tiles.step();
     int64_t slot = 0;
     for (int64_t h = 0; h < head_tiles; h += C) {
@@ -203,13 +214,13 @@ struct TileForward : Shape {
       const int64_t h0 = h + C <= head_tiles ? h : head_tiles - C;
       for (int64_t k0 = 0; k0 < steps; k0 += chunk)
         for (int64_t i = 0; i < n; i += 16 * K) {
-          score_tiles<K, C>(s, i, h0, k0, k0 + chunk < steps ? k0 + chunk : steps, slot, [&] {
+          score_tiles<K, C>(x, ring, i, h0, k0, k0 + chunk < steps ? k0 + chunk : steps, slot, [&] {
             tiles.step();
             beside();
           });
           if (k0 + chunk >= steps) {
-            if (i > 0) raise_max(s, h0, C, i - 16 * K, 16 * K);
-            if (i + 16 * K >= n) raise_max(s, h0, C, i, n - i);
+            if (i > 0) after(h0, C, i - 16 * K, 16 * K);
+            if (i + 16 * K >= n) after(h0, C, i, n - i);
           }
         }
     }
@@ -217,15 +228,15 @@ struct TileForward : Shape {
 
   // Steps k0 .. k1 - 1 of the scores of 16 K keys with 16 C heads.
   template <int K, int C, class Beside>
-  GLM5_INLINE void score_tiles(const Scratch& s, int64_t i, int64_t h0, int64_t k0, int64_t k1, int64_t& slot,
-                               const Beside& beside) const {
+  GLM5_INLINE void score_tiles(const Scored& x, const uint16_t* ring, int64_t i, int64_t h0, int64_t k0, int64_t k1,
+                               int64_t& slot, const Beside& beside) const {
     GLM5_COUNT_PATH(K == 4   ? "sparse_mla tiles forward scores 4x1"
                     : K == 2 ? "sparse_mla tiles forward scores 2x2"
                     : C == 3 ? "sparse_mla tiles forward scores 1x3"
                              : "sparse_mla tiles forward scores 1x4");
-    const uint32_t* b = s.q + (h0 * steps + k0) * kTileWords;
-    const int64_t next = steps * kTileWords;
-    float* c = s.s + (i / 16 * head_tiles + h0) * kTileWords;
+    const uint32_t* b = x.q + (h0 * x.steps + k0) * kTileWords;
+    const int64_t next = x.steps * kTileWords;
+    float* c = x.s + (i / 16 * head_tiles + h0) * kTileWords;
     const int64_t down = head_tiles * kTileWords;
     float *c1 = c + (K == 4 ? down : kTileWords), *c2 = c + (K == 4 ? 2 * down : K == 2 ? down : 2 * kTileWords);
     float* c3 = c + (K == 4 ? 3 * down : K == 2 ? down + kTileWords : 3 * kTileWords);
@@ -242,7 +253,7 @@ struct TileForward : Shape {
     }
     for (int64_t k = k0; k < k1; ++k, b += kTileWords) {
       stores_are_done();
-      const uint16_t* from = s.ring + slot * K * kTileWords * 2;
+      const uint16_t* from = ring + slot * K * kTileWords * 2;
       slot = (slot + 1) % kRing;
       if constexpr (K == 1) {
         _tile_loadd(4, from, 64);
@@ -282,6 +293,21 @@ struct TileForward : Shape {
     _tile_stored(1, c1, 64);
     _tile_stored(2, c2, 64);
     if constexpr (K * C == 4) _tile_stored(3, c3, 64);
+  }
+
+  template <class Beside, class After>
+  void score_block(const Scored& x, uint16_t* ring, const uint16_t* const* rows, int64_t n, const Beside& beside,
+                   const After& after) const {
+    switch (head_tiles) {
+      case 1:
+        return score<4, 1>(x, ring, rows, n, beside, after);
+      case 2:
+        return score<2, 2>(x, ring, rows, n, beside, after);
+      case 3:
+        return score<1, 3>(x, ring, rows, n, beside, after);
+      default:
+        return score<1, 4>(x, ring, rows, n, beside, after);
+    }
   }
 
   // Scores of keys i .. i + m - 1 and tiles h0 .. h0 + c - 1 of heads times scale: their maximum into s.max.
@@ -441,15 +467,16 @@ struct TileForward : Shape {
     }
   }
 
+  // acc (+)= p . the first `dims` of n rows.
   template <class Beside>
-  GLM5_INLINE void weigh_block(const Scratch& s, const uint16_t* const* rows, int64_t n, const uint32_t* p, bool add,
-                               const Beside& beside) const {
+  GLM5_INLINE void weigh_block(const Scratch& s, const uint16_t* const* rows, int64_t n, int64_t dims, const uint32_t* p,
+                               bool add, const Beside& beside) const {
     const int64_t n_steps = (n + 31) / 32, quota = (16 + passes - 1) / passes;
     ValueTiles tiles{a.dim, rows, 0, n_steps * 16, s.values[0]};
     tiles.step(n_steps * 16);
-    for (int64_t d = 0; d < value32; d += 32) {
+    for (int64_t d = 0; d < dims; d += 32) {
       const uint32_t* values = tiles.to;
-      tiles = {a.dim, rows, d + 32, d + 32 < value32 ? n_steps * 16 : 0, s.values[(d / 32 + 1) & 1]};
+      tiles = {a.dim, rows, d + 32, d + 32 < dims ? n_steps * 16 : 0, s.values[(d / 32 + 1) & 1]};
       stores_are_done();
       float* acc = s.acc + d / 16 * head_tiles * kTileWords;
       for (int64_t h = 0; h < head_tiles; h += 2) {
@@ -500,7 +527,8 @@ struct TileForward : Shape {
   }
 
   void query(const Scratch& s, int64_t t, const Keys& mine, const Keys& next) const {
-    pack_q(t, s.q);
+    pack_heads(words_of(a.q) + t * a.heads * a.dim, a.dim, s.q);
+    const Scored scored{s.q, s.s, dim32 / 32};
     const uint16_t* kv = words_of(a.kv);
     int64_t n_before = 0;
     for (int64_t b = 0; b < mine.blocks; ++b) {
@@ -514,23 +542,12 @@ struct TileForward : Shape {
       for (int64_t i = n; i < kTileBlock && i < n + 64; ++i) rows[i] = s.zeros;
       for (int64_t h = 0; h < lanes; h += 16) store(s.max + h, splat<F>(-__builtin_inff()));
       const auto fetch_some = [&] { fetch.step(kFetches); };
-      switch (head_tiles) {
-        case 1:
-          score<4, 1>(s, rows, n, fetch_some);
-          break;
-        case 2:
-          score<2, 2>(s, rows, n, fetch_some);
-          break;
-        case 3:
-          score<1, 3>(s, rows, n, fetch_some);
-          break;
-        default:
-          score<1, 4>(s, rows, n, fetch_some);
-      }
+      score_block(scored, s.ring, rows, n, fetch_some,
+                  [&](int64_t h, int64_t c, int64_t i, int64_t m) { raise_max(s, h, c, i, m); });
       const bool rescaled = choose_base(s, b == 0);
       Softmax softmax{*this, s, n, s.p[b & 1]};
       if (b > 0) {
-        weigh_block(s, s.rows[1 - (b & 1)], n_before, s.p[1 - (b & 1)], b > 1, [&] {
+        weigh_block(s, s.rows[1 - (b & 1)], n_before, value32, s.p[1 - (b & 1)], b > 1, [&] {
           softmax.step();
           fetch.step(kFetches);
         });
@@ -541,7 +558,7 @@ struct TileForward : Shape {
       n_before = n;
     }
     const int64_t last = (mine.blocks - 1) & 1;
-    if (mine.blocks) weigh_block(s, s.rows[last], n_before, s.p[last], mine.blocks > 1, [] {});
+    if (mine.blocks) weigh_block(s, s.rows[last], n_before, value32, s.p[last], mine.blocks > 1, [] {});
     finish(s, t, mine.blocks == 0);
   }
 

@@ -324,7 +324,7 @@ def paths(isa):
         names += [f"sparse_mla pairs weighted {r}x{v}" for r in rows for v in (4, 2)]
         names += [f"sparse_mla pairs scatter {r}" for r in (6, 2, 1)]
     if isa == "amx":
-        names += [f"sparse_mla tiles {kind} {r}x2" for kind in ("weighted", "scatter") for r in (2, 1)]
+        names += [f"sparse_mla tiles backward scatter {r}x2" for r in (2, 1)]
         names += [f"sparse_mla tiles scores 2x{c}" for c in (2, 1)]
         names += [f"sparse_mla tiles forward scores {tile}" for tile in ("4x1", "2x2", "1x3", "1x4")]
         names += [f"sparse_mla tiles forward weighted {r}x2" for r in (2, 1)] + ["sparse_mla tiles forward rescale"]
