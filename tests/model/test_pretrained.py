@@ -224,6 +224,8 @@ def test_older_and_absent_keys():
     assert config.rope_theta == 5e5 and config.layer_mlps == ("dense", "dense") and config.n_routed_experts == 16
     assert (config.bos_token_id, config.eos_token_id, config.num_nextn_predict_layers) == (0, 1, 0)
     assert config_from_hf({})[0].rope_theta == 1e4
+    unread = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0, "factor": 2.0}
+    assert config_from_hf({"rope_parameters": unread})[0].rope_parameters == {"rope_type": "default", "rope_theta": 1e6}
     scaled = {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 1e4, "max_position_embeddings": 4096}
     rope = config_from_hf(scaled)[0].rope_parameters
     assert rope == {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 4096}

@@ -51,6 +51,9 @@ CONFIGS = {
     "sparse_first": {"mlp_layer_types": ["sparse", "dense", "sparse"]},
     "eps": {"rms_norm_eps": 1e-2},
     "theta": {"rope_parameters": {"rope_theta": 8e6, "rope_type": "default"}},
+    "keys_that_default_rope_does_not_read": {
+        "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5, "factor": 2.0}
+    },
     "linear_rope": {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}},
     "yarn": {
         "rope_parameters": {

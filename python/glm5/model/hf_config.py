@@ -86,4 +86,6 @@ def _rope_parameters(values: dict) -> dict:
     if rope["rope_type"] == "yarn":
         limit = values.get("max_position_embeddings", Glm5Config.max_position_embeddings)
         rope.setdefault("original_max_position_embeddings", values.get("original_max_position_embeddings", limit))
+    if rope["rope_type"] == "default":  # the other keys mean nothing to it, there as here
+        rope = {key: rope[key] for key in ("rope_theta", "rope_type")}
     return {key: value for key, value in rope.items() if value is not None}
