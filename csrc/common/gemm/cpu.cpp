@@ -514,7 +514,7 @@ void run_lines(const GemmArgs& g, int64_t n0, int64_t n1) {
     a = packed;
   }
   alignas(64) S sums[16 * L > kLineRows * kCols ? 16 * L : kLineRows * kCols];
-  // A line that comes kAheadBytes later, or the next stretch of this one where that is not much.
+  // Lines of B that are under way beside those being multiplied; not worth it where there are few.
   const int64_t ahead = g.k < 64 ? 0 : 16;
   for (int64_t n = n0, width; n < n1; n += width) {
     char* c = static_cast<char*>(g.c) + n * out_size;
