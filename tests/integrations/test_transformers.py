@@ -161,7 +161,8 @@ def test_an_enabled_model_compiles_in_one_graph():
 @pytest.mark.parametrize("name", ["plain", "index_share", "groups", "tied", "attention_bias", "topk_all"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
 def test_gradients(monkeypatch, name, checkpointing):
-    model = tm.theirs(**tm.CONFIGS[name])
+    # Checkpointed layers run twice, which the recorder does not follow: with every key selected no tie needs it.
+    model = tm.theirs(**tm.CONFIGS[name] | ({"index_topk": 500} if checkpointing else {}))
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -177,7 +178,7 @@ def test_gradients(monkeypatch, name, checkpointing):
         return loss
 
     compared = Compared(monkeypatch, 2, 50)
-    if checkpointing:  # layers run twice, and the recorder would count both
+    if checkpointing:
         loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
         want = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -185,15 +186,14 @@ def test_gradients(monkeypatch, name, checkpointing):
         model.zero_grad()
         model(ids, labels=ids, use_cache=False).loss.backward()
         got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        loose = 5e-2  # a tie may have been broken differently
     else:
         losses = compared.run(model, call)
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
-        (want, got), loose = gradients, 1e-4
+        want, got = gradients
     assert want.keys() == got.keys() and len(want) > 30
     for parameter in want:
         scale = want[parameter].abs().max().clamp(min=1e-6)
-        assert (got[parameter] - want[parameter]).abs().max() <= loose * scale, parameter
+        assert (got[parameter] - want[parameter]).abs().max() <= 1e-4 * scale, parameter
 
 
 @torch.no_grad()
