@@ -37,7 +37,7 @@ class Case:
         ours: runs our op once; packing and quantising done inside a call are inside its time.
         peer: runs the peer once, on the same inputs; None when there is none.
         work: floating-point operations (or bytes, for peak "read") of one call of ours, times ``scale``.
-        peak: which ceiling ``work`` is held against: "float32", "bf16" (both of the instruction set in force) or "read".
+        peak: which ceiling ``work`` is held against: "float32", "bf16", "int8" (of the instruction set in force) or "read".
         peer_name: what the peer is.
         scale, peer_scale: multiply our time, the peer's, where it is taken on a part of the work; say so in ``note``.
         peer_work: operations of one call of the peer, times ``peer_scale``, where they differ from ours.

@@ -27,10 +27,10 @@ bool tiles_are_permitted() {
 #endif
 }
 
-bool has_amx_bf16() {
+bool has_amx() {
   unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
   __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-  return ((edx >> 22) & 1u) && ((edx >> 24) & 1u);  // AMX-BF16, AMX-TILE
+  return ((edx >> 22) & 1u) && ((edx >> 24) & 1u) && ((edx >> 25) & 1u);  // AMX-BF16, AMX-TILE, AMX-INT8
 }
 #endif
 
@@ -43,7 +43,7 @@ Isa best_isa() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
                       __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
-  if (avx512 && has_amx_bf16() && tiles_are_permitted()) return Isa::amx;
+  if (avx512 && has_amx() && tiles_are_permitted()) return Isa::amx;
   if (avx512) return Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif

@@ -6,7 +6,10 @@
 
 namespace glm5::cpu::amx {
 
-double peak_bf16(int64_t rounds) {
+namespace {
+
+template <class Step>
+double run(int64_t rounds, double flops_a_step, const Step& step) {
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
@@ -24,14 +27,29 @@ double peak_bf16(int64_t rounds) {
   _tile_zero(5);
   _tile_zero(6);
   _tile_zero(7);
-  for (int64_t r = 0; r < rounds * 100; ++r) {
+  for (int64_t r = 0; r < rounds * 100; ++r) step();
+  _tile_release();
+  return rounds * 100.0 * 4 * flops_a_step;
+}
+
+}  // namespace
+
+double peak_bf16(int64_t rounds) {
+  return run(rounds, 2 * 16 * 16 * 32, [] {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_release();
-  return rounds * 100.0 * 4 * 2 * 16 * 16 * 32;
+  });
+}
+
+double peak_int8(int64_t rounds) {
+  return run(rounds, 2 * 16 * 16 * 64, [] {
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  });
 }
 
 }  // namespace glm5::cpu::amx

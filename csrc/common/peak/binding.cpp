@@ -26,6 +26,15 @@ double bf16_flops(int64_t rounds) {
   return cpu::portable::peak_bf16(rounds);
 }
 
+double int8_flops(int64_t rounds) {
+#if defined(__x86_64__)
+  if (current_isa() == Isa::amx) return cpu::amx::peak_int8(rounds);
+  if (current_isa() == Isa::avx512) return cpu::avx512::peak_int8(rounds);
+  if (current_isa() == Isa::avx2) return cpu::avx2::peak_int8(rounds);
+#endif
+  return cpu::portable::peak_int8(rounds);
+}
+
 float read_sum(const void* data, int64_t bytes) {
 #if defined(__x86_64__)
   if (current_isa() >= Isa::avx512) return cpu::avx512::peak_read(data, bytes);
@@ -39,14 +48,16 @@ float read_sum(const void* data, int64_t bytes) {
 
 extern "C" {
 
-// Runs `tasks` shares of the loop `name` ("float32", "bf16": what the set in force multiplies bf16 with) over all threads;
-// returns the floating-point operations done, or -1 for another name. The caller holds the clock.
+// Runs `tasks` shares of the loop `name` ("float32", "bf16", "int8": what the set in force multiplies those with) over all
+// threads; returns the operations done, or -1 for another name. The caller holds the clock.
 __attribute__((visibility("default"))) double glm5_peak_flops(const char* name, int64_t tasks) {
-  const bool bf16 = std::strcmp(name, "bf16") == 0;
-  if (!bf16 && std::strcmp(name, "float32") != 0) return -1;
+  double (*loop)(int64_t) = std::strcmp(name, "float32") == 0 ? glm5::float32_flops
+                            : std::strcmp(name, "bf16") == 0  ? glm5::bf16_flops
+                            : std::strcmp(name, "int8") == 0  ? glm5::int8_flops
+                                                              : nullptr;
+  if (!loop) return -1;
   std::atomic<int64_t> flops{0};
-  glm5::parallel_tasks(
-      tasks, [&](int64_t) { flops += static_cast<int64_t>(bf16 ? glm5::bf16_flops(20) : glm5::float32_flops(20)); });
+  glm5::parallel_tasks(tasks, [&](int64_t) { flops += static_cast<int64_t>(loop(20)); });
   return static_cast<double>(flops.load());
 }
 

@@ -53,6 +53,27 @@ double peak_bf16(int64_t rounds) {
 #endif
 }
 
+double peak_int8(int64_t rounds) {
+#if GLM5_ISA_LEVEL == 2
+  return run(rounds, 8.0 * F::kLanes, [](F a, F b, F c) {
+    c.v = _mm512_castsi512_ps(
+        _mm512_dpbusd_epi32(_mm512_castps_si512(c.v), _mm512_castps_si512(a.v), _mm512_castps_si512(b.v)));
+    touch(c);
+    return c;
+  });
+#elif GLM5_ISA_LEVEL == 1
+  return run(rounds, 8.0 * F::kLanes, [](F a, F b, F c) {
+    F products = {_mm256_castsi256_ps(_mm256_maddubs_epi16(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v)))};
+    touch(products);
+    c.v = _mm256_castsi256_ps(_mm256_add_epi16(_mm256_castps_si256(c.v), _mm256_castps_si256(products.v)));
+    touch(c);
+    return c;
+  });
+#else
+  return peak_float32(rounds);
+#endif
+}
+
 float peak_read(const void* data, int64_t bytes) {
   constexpr int64_t kFloats = F::kLanes;
   const float* p = static_cast<const float*>(data);
