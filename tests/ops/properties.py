@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glm5 import _native, ops
-from glm5.testing import Draw, OpSpec, RandomDraw
+from glm5.testing import Draw, OpSpec, RandomDraw, same_bits
 from glm5.testing.spec import as_tuple, complaints
 
 
@@ -34,15 +34,6 @@ def threads(count: int):
         torch.set_num_threads(before)
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal shape, dtype and bytes (so -0.0 differs from 0.0, and NaN equals itself)."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(
-        a.detach().contiguous().flatten().view(torch.uint8), b.detach().contiguous().flatten().view(torch.uint8)
-    )
-
-
 def assert_keeps_promise(op: OpSpec, data, dtype) -> None:
     """Forward and gradients lie within the error budget of the float64 reference."""
     arguments = op.draw(HypothesisDraw(data), dtype)
@@ -55,7 +46,7 @@ def run_with_gradients(op: OpSpec, arguments: dict) -> list[torch.Tensor]:
     leaves = {
         k: v.detach().clone().requires_grad_(k in inputs) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()
     }
-    outputs = as_tuple(getattr(ops, op.name)(**leaves))
+    outputs = op.call(getattr(ops, op.name), leaves)
     wanted = [o for o in outputs if o.requires_grad]
     if not inputs or not wanted:
         return list(outputs)

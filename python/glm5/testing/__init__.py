@@ -3,6 +3,6 @@
 ``check("rms_norm")`` judges ours; ``check("rms_norm", impl=mine)`` judges yours. The same specs drive the test suite.
 """
 
-from glm5.testing.spec import Draw, OpSpec, RandomDraw, Report, check, relative_error, spec, specs
+from glm5.testing.spec import Draw, OpSpec, RandomDraw, Report, check, relative_error, same_bits, spec, specs
 
-__all__ = ["Draw", "OpSpec", "RandomDraw", "Report", "check", "relative_error", "spec", "specs"]
+__all__ = ["Draw", "OpSpec", "RandomDraw", "Report", "check", "relative_error", "same_bits", "spec", "specs"]

@@ -8,4 +8,4 @@ def _draw_rotate_hadamard(draw, dtype):
     return {"x": draw.tensor(rows, dim, dtype=dtype, scale=draw.choice([1e-3, 1.0, 50.0]))}
 
 
-register(OpSpec("rotate_hadamard", _draw_rotate_hadamard, differentiable=("x",)))
+register(OpSpec("rotate_hadamard", _draw_rotate_hadamard, differentiable=("x",), rows=("x",), outputs=("rows",)))

@@ -65,7 +65,19 @@ def _draw_lightning_indexer_kl(draw, dtype):
     }
 
 
-register(OpSpec("lightning_indexer_kl", _draw_lightning_indexer_kl, differentiable=("q", "k", "weights"), budget="softmax"))
+register(
+    OpSpec(
+        "lightning_indexer_kl",
+        _draw_lightning_indexer_kl,
+        differentiable=("q", "k", "weights"),
+        budget="softmax",
+        rows=("q", "weights", "ks", "ke", "attn_q", "attn_lse", "indices"),
+        keys=("k", "attn_k"),
+        positions=("ks", "ke", "indices"),
+        lists=("indices",),
+        outputs=("rows",),
+    )
+)
 
 
 def _draw_indexer_kl_loss(draw, dtype):
@@ -82,5 +94,13 @@ def _draw_indexer_kl_loss(draw, dtype):
 
 
 register(
-    OpSpec("indexer_kl_loss", _draw_indexer_kl_loss, differentiable=("logits",), budget="softmax", dtypes=(torch.float32,))
+    OpSpec(
+        "indexer_kl_loss",
+        _draw_indexer_kl_loss,
+        differentiable=("logits",),
+        budget="softmax",
+        dtypes=(torch.float32,),
+        rows=("logits", "target", "indices"),
+        outputs=("rows",),
+    )
 )

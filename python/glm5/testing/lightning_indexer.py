@@ -59,7 +59,26 @@ def _valid_choice(got, want, arguments, dtype):
     return found
 
 
+_ROWS = {"rows": ("q", "weights", "ks", "ke"), "keys": ("k", "k_scale"), "positions": ("ks", "ke")}
 register(
-    OpSpec("lightning_indexer_logits", _draw_logits, differentiable=("q", "k", "weights"), budget="scores", dtypes=_DTYPES)
+    OpSpec(
+        "lightning_indexer_logits",
+        _draw_logits,
+        differentiable=("q", "k", "weights"),
+        budget="scores",
+        dtypes=_DTYPES,
+        outputs=("columns",),
+        **_ROWS,
+    )
 )
-register(OpSpec("lightning_indexer_topk", _draw_topk, budget="scores", dtypes=_DTYPES, compare=_valid_choice))
+register(
+    OpSpec(
+        "lightning_indexer_topk",
+        _draw_topk,
+        budget="scores",
+        dtypes=_DTYPES,
+        compare=_valid_choice,
+        outputs=("positions", "rows"),
+        **_ROWS,
+    )
+)

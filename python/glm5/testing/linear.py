@@ -42,6 +42,24 @@ def _draw_grouped(draw, dtype):
     }
 
 
-register(OpSpec("linear", _draw_linear, differentiable=("x", "w", "bias")))
-register(OpSpec("batched_linear", _draw_batched, differentiable=("x", "w")))
-register(OpSpec("grouped_linear", _draw_grouped, differentiable=("x", "w")))
+register(OpSpec("linear", _draw_linear, differentiable=("x", "w", "bias"), rows=("x",), outputs=("rows",)))
+register(OpSpec("batched_linear", _draw_batched, differentiable=("x", "w"), rows=("x",), outputs=("rows",)))
+
+
+def select_grouped_rows(arguments: dict, rows: torch.Tensor) -> tuple[dict, torch.Tensor]:
+    """The call for some rows of ``x``, which stay sorted by group."""
+    rows = rows.sort().values
+    ends = torch.searchsorted(rows, arguments["group_ends"].long()).to(torch.int32)
+    return {**arguments, "x": arguments["x"][rows], "group_ends": ends}, rows
+
+
+register(
+    OpSpec(
+        "grouped_linear",
+        _draw_grouped,
+        differentiable=("x", "w"),
+        rows=("x",),
+        outputs=("rows",),
+        select_rows=select_grouped_rows,
+    )
+)

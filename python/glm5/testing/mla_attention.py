@@ -55,5 +55,26 @@ def _draw_mla_attn_target(draw, dtype):
     return {**arguments, "lse": lse.to(torch.promote_types(dtype, torch.float32))}
 
 
-register(OpSpec("mla_attention", _draw_mla_attention, differentiable=("q", "k", "v"), budget="softmax"))
-register(OpSpec("mla_attn_target", _draw_mla_attn_target, budget="softmax"))
+register(
+    OpSpec(
+        "mla_attention",
+        _draw_mla_attention,
+        differentiable=("q", "k", "v"),
+        budget="softmax",
+        rows=("q", "ks", "ke"),
+        keys=("k", "v"),
+        positions=("ks", "ke"),
+        outputs=("rows", "rows"),
+    )
+)
+register(
+    OpSpec(
+        "mla_attn_target",
+        _draw_mla_attn_target,
+        budget="softmax",
+        rows=("q", "lse", "ks", "ke"),
+        keys=("k",),
+        positions=("ks", "ke"),
+        outputs=("columns",),
+    )
+)

@@ -46,7 +46,15 @@ def _compare_moe_router(got, want, arguments, dtype):
 
 
 register(
-    OpSpec("moe_router", _draw_moe_router, differentiable=("logits",), dtypes=(torch.float32,), compare=_compare_moe_router)
+    OpSpec(
+        "moe_router",
+        _draw_moe_router,
+        differentiable=("logits",),
+        dtypes=(torch.float32,),
+        compare=_compare_moe_router,
+        rows=("logits", "replay"),
+        outputs=("rows", "rows"),
+    )
 )
 
 
@@ -59,7 +67,7 @@ def _draw_moe_permute(draw, dtype):
     }
 
 
-register(OpSpec("moe_permute", _draw_moe_permute, differentiable=("x",)))
+register(OpSpec("moe_permute", _draw_moe_permute, differentiable=("x",), rows=("x", "ids")))
 
 
 def _draw_moe_unpermute(draw, dtype):
@@ -75,4 +83,14 @@ def _draw_moe_unpermute(draw, dtype):
     }
 
 
-register(OpSpec("moe_unpermute", _draw_moe_unpermute, differentiable=("y", "weights")))
+register(
+    OpSpec(
+        "moe_unpermute",
+        _draw_moe_unpermute,
+        differentiable=("y", "weights"),
+        rows=("slot_of_row", "weights"),
+        keys=("y",),
+        positions=("slot_of_row",),
+        outputs=("rows",),
+    )
+)

@@ -13,7 +13,7 @@ def _draw_rms_norm(draw, dtype):
     }
 
 
-register(OpSpec("rms_norm", _draw_rms_norm, differentiable=("x", "weight")))
+register(OpSpec("rms_norm", _draw_rms_norm, differentiable=("x", "weight"), rows=("x",), outputs=("rows",)))
 
 
 def _draw_layer_norm(draw, dtype):
@@ -27,4 +27,4 @@ def _draw_layer_norm(draw, dtype):
     }
 
 
-register(OpSpec("layer_norm", _draw_layer_norm, differentiable=("x", "weight", "bias")))
+register(OpSpec("layer_norm", _draw_layer_norm, differentiable=("x", "weight", "bias"), rows=("x",), outputs=("rows",)))

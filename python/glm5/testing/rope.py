@@ -22,4 +22,4 @@ def _draw_rope(draw, dtype):
     }
 
 
-register(OpSpec("rope", _draw_rope, differentiable=("x",)))
+register(OpSpec("rope", _draw_rope, differentiable=("x",), rows=("x", "positions"), outputs=("rows",)))

@@ -8,4 +8,4 @@ def _draw_silu_mul(draw, dtype):
     return {"x": draw.tensor(rows, 2 * width, dtype=dtype, scale=draw.choice([1e-3, 1.0, 30.0]))}
 
 
-register(OpSpec("silu_mul", _draw_silu_mul, differentiable=("x",)))
+register(OpSpec("silu_mul", _draw_silu_mul, differentiable=("x",), rows=("x",), outputs=("rows",)))

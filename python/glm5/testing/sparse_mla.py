@@ -46,5 +46,25 @@ def _draw_sparse_mla_attn_target(draw, dtype):
     return {**arguments, "lse": lse.to(wide)}
 
 
-register(OpSpec("sparse_mla", _draw_sparse_mla, differentiable=("q", "kv"), budget="softmax"))
-register(OpSpec("sparse_mla_attn_target", _draw_sparse_mla_attn_target, budget="softmax"))
+_KEYS = {"keys": ("kv",), "positions": ("indices",), "lists": ("indices",)}
+register(
+    OpSpec(
+        "sparse_mla",
+        _draw_sparse_mla,
+        differentiable=("q", "kv"),
+        budget="softmax",
+        rows=("q", "indices"),
+        outputs=("rows", "rows"),
+        **_KEYS,
+    )
+)
+register(
+    OpSpec(
+        "sparse_mla_attn_target",
+        _draw_sparse_mla_attn_target,
+        budget="softmax",
+        rows=("q", "indices", "lse"),
+        outputs=("list",),
+        **_KEYS,
+    )
+)

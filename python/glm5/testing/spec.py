@@ -68,6 +68,23 @@ class OpSpec:
         budget: key of ``BUDGETS``.
         dtypes: dtypes that ``draw`` accepts.
         compare: (got, want float64, arguments, dtype) -> list of complaints; None compares every output within the budget.
+        bitwise: the op is defined in exact arithmetic: outputs equal those of the reference on the same inputs bit for bit.
+        mutates: arguments that the op writes into. They are judged as outputs, behind those that it returns.
+
+        rows: arguments whose first dimension is that of the output's rows: a row of the output may depend on its own rows
+            of these, and on the other arguments whole.
+        keys: arguments whose first dimension is that of the keys which rows attend to.
+        positions: arguments that say which keys a row sees: "ks" and "ke", or lists [rows, n] padded with -1.
+        lists: those of ``positions`` whose width may grow by trailing -1s without changing anything.
+        outputs: what each output is made of, for the properties that compare rows: "rows" (first dimension of the rows),
+            "positions" (rows whose values are positions of keys), "columns" ([rows, keys]), "list" ([rows, width of the
+            lists]) or "other" (not one row a row). Empty where no such comparison makes sense.
+        select_rows: (arguments, int64 rows) -> (arguments of the call for these rows, the rows in the order in which they
+            then come out); None takes these rows of every argument in ``rows``.
+        ties: (Draw, dtype) -> arguments full of ties, for which integer outputs equal the reference's.
+        special: (Draw, dtype) -> arguments with NaN, infinities, -0.0, for which the outputs are the reference's.
+        poisons: arguments in which a NaN must show in the rows that see it and nowhere else; None: every floating one in
+            ``rows`` and ``keys``.
     """
 
     name: str
@@ -76,6 +93,17 @@ class OpSpec:
     budget: str = "exact"
     dtypes: tuple = (torch.bfloat16, torch.float32)
     compare: Callable | None = None
+    bitwise: bool = False
+    mutates: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    positions: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    select_rows: Callable | None = None
+    ties: Callable | None = None
+    special: Callable | None = None
+    poisons: tuple[str, ...] | None = None
 
     def leaves(self, arguments: dict) -> tuple[str, ...]:
         """Which of these arguments take a gradient: none where one is e4m3, training does not go through FP8 inputs."""
@@ -83,6 +111,12 @@ class OpSpec:
         if any(t.dtype == torch.float8_e4m3fn for t in tensors.values()):
             return ()
         return tuple(k for k in self.differentiable if k in tensors)
+
+    def call(self, function: Callable, arguments: dict) -> tuple:
+        """Everything that ``function`` gives for ``arguments``: what it returns, then the arguments it wrote into."""
+        returned = function(**arguments)
+        returned = () if returned is None and self.mutates else as_tuple(returned)
+        return (*returned, *(arguments[k] for k in self.mutates))
 
 
 _SPECS: dict[str, OpSpec] = {}
@@ -108,6 +142,15 @@ def spec(name: str) -> OpSpec:
     if name not in known:
         raise ValueError(f"glm5.testing has no spec for op {name!r}; it knows {', '.join(sorted(known))}")
     return known[name]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal shape, dtype and bytes (so -0.0 differs from 0.0, and NaN equals itself)."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(
+        a.detach().contiguous().flatten().view(torch.uint8), b.detach().contiguous().flatten().view(torch.uint8)
+    )
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -153,14 +196,22 @@ def complaints(op: OpSpec, impl: Callable, arguments: dict, dtype: torch.dtype) 
     ours = {
         k: v.detach().clone().requires_grad_(k in inputs) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()
     }
-    theirs = widened(arguments)
+    theirs = {
+        k: v.detach().clone() if isinstance(v, torch.Tensor) else v
+        for k, v in (arguments if op.bitwise else widened(arguments)).items()
+    }
     for name in inputs:
         theirs[name].requires_grad_(True)
-    got, want = as_tuple(impl(**ours)), as_tuple(reference(**theirs))
+    got, want = op.call(impl, ours), op.call(reference, theirs)
     if op.compare is not None:
         found += op.compare(got, want, arguments, dtype)
+    elif op.bitwise:
+        found += [f"output {i}: other bits" for i, (g, w) in enumerate(zip(got, want, strict=True)) if not same_bits(g, w)]
     else:
         for i, (g, w) in enumerate(zip(got, want, strict=True)):
+            if not w.is_floating_point():
+                found += [] if torch.equal(g, w) else [f"output {i}: differs from the reference's"]
+                continue
             error = relative_error(g, w)
             if not error <= (budget := allowed_error(forward_budget, g)):
                 found.append(f"output {i}: relative error {error:.3g}, budget {budget:g}")
@@ -220,7 +271,9 @@ def check(name: str, impl: Callable | None = None, device: str = "cpu", cases: i
     def on_device(**arguments):
         moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
         outputs = impl(**moved)
-        return tuple(o.cpu() for o in outputs) if isinstance(outputs, tuple) else outputs.cpu()
+        for k in op.mutates:
+            arguments[k].copy_(moved[k])
+        return None if outputs is None else tuple(o.cpu() for o in as_tuple(outputs))
 
     report = Report(name)
     for dtype in op.dtypes:

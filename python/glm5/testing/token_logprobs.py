@@ -17,4 +17,14 @@ def _draw(draw, dtype):
     }
 
 
-register(OpSpec("token_logprobs", _draw, differentiable=("hidden", "lm_head"), budget="softmax"))
+register(
+    OpSpec(
+        "token_logprobs",
+        _draw,
+        differentiable=("hidden", "lm_head"),
+        budget="softmax",
+        rows=("hidden", "targets", "temperature"),
+        outputs=("rows", "rows"),
+        poisons=("hidden",),
+    )
+)

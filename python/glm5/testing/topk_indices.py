@@ -49,4 +49,4 @@ def _same_choice(got, want, arguments, dtype):
     return [] if torch.equal(got[0], want[0]) else ["other indices than the reference's"]
 
 
-register(OpSpec("topk_indices", _draw_topk_indices, compare=_same_choice))
+register(OpSpec("topk_indices", _draw_topk_indices, compare=_same_choice, rows=("scores", "ks", "ke"), outputs=("rows",)))
