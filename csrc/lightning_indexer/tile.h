@@ -4,31 +4,13 @@
 // own lane, so it does not depend on where in a tile its key lies or which heads share the registers.
 #pragma once
 
+#include "common/e4m3.h"
 #include "common/gemm/pack.h"
 #include "common/parallel.h"
 #include "common/simd.h"
 #include "lightning_indexer/lightning_indexer.h"
 
 namespace glm5::cpu::GLM5_ISA {
-
-struct e4m3 {
-  uint8_t bits;
-};
-
-// Exact: sign, 4 exponent bits (bias 7), 3 mantissa bits; 0x7f is NaN, no infinities.
-GLM5_INLINE float to_float(e4m3 x) {
-  const uint32_t magnitude = x.bits & 0x7fu, sign = static_cast<uint32_t>(x.bits & 0x80u) << 24;
-  uint32_t bits = (magnitude << 20) + (120u << 23);
-  if (magnitude == 0x7f) bits = 0x7fc00000u;
-  if (magnitude < 8) {
-    const float subnormal = static_cast<float>(magnitude) * 0x1p-9f;
-    std::memcpy(&bits, &subnormal, 4);
-  }
-  bits |= sign;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
 
 namespace {
 
