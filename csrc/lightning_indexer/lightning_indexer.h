@@ -9,7 +9,7 @@
 namespace glm5 {
 
 struct LightningIndexerArgs {
-  int dtype;                // Dtype of q and k, or kE4m3; "real" below is double for float64, else float
+  int dtype;                // Dtype of q and k, kE4m3 or kInt8; "real" below is double for float64, else float
   int64_t num_queries, num_keys, num_heads, dim;
   const void* q;            // [num_queries, num_heads, dim]
   const void* k;            // [num_keys, dim]
@@ -29,6 +29,7 @@ struct LightningIndexerArgs {
 };
 
 inline constexpr int kE4m3 = 3;
+inline constexpr int kInt8 = 4;
 
 }  // namespace glm5
 
