@@ -1,9 +1,11 @@
-// The packed matrix product (contract and summation order: gemm.h). B is packed into panels of one vector of columns, A
-// into rows; a microkernel keeps up to kMaxRows x kMaxPanels accumulators in registers, lanes along the columns.
+// The packed matrix product (contract and summation order: gemm.h; few rows: few_rows.cpp). B is packed into panels of one
+// vector of columns, A into rows; a microkernel keeps up to kMaxRows x kMaxPanels accumulators in registers, lanes along the
+// columns.
 #include "common/gemm/gemm.h"
 
 #include "common/gemm/amx.h"
-#include "common/gemm/pack.h"
+#include "common/gemm/few_rows.h"
+#include "common/gemm/lines.h"
 #include "common/parallel.h"
 
 namespace glm5::cpu::GLM5_ISA {
@@ -17,9 +19,6 @@ constexpr int kMaxRows = 6, kMaxPanels = 2;   // 12 + 2 + 1 of 16
 constexpr int kMaxRows = 4, kMaxPanels = 2;
 #endif
 constexpr int kAheadBytes = 6 * 64;
-// Up to so many rows, B is multiplied as it comes from memory, without being packed; so many vectors of columns at once.
-constexpr int kLineRows = GLM5_ISA_LEVEL == 2 ? 8 : 4, kLinePanels = GLM5_ISA_LEVEL == 2 ? 1 : 2;
-constexpr int64_t kLinesAheadBytes = 8 * 64, kLinesTaskBytes = 1 << 20;
 constexpr int kScratchTasks = 4, kScratchA = 5, kScratchB = 6, kScratchC = 7;
 // The largest tile. A block of its rows, packed, stays in L2 (a megabyte of float32); B is packed strip by strip, as wide as
 // the microkernel.
@@ -33,46 +32,6 @@ template <class S>
 constexpr int64_t kPanelSize = kPartSteps * Vector<S>::kLanes + 64 / sizeof(S);
 
 // ---- Packing ------------------------------------------------------------------------------------------------------
-
-// kLanes steps of one line (a row of A or a column of B), elements k_stride apart; elements past k_count give zero.
-template <class T, class K>
-GLM5_INLINE typename K::V read_line(const T* p, int64_t k_stride, int64_t k_count) {
-  constexpr int L = K::V::kLanes;
-  if (k_stride == 1) return K::along(p, k_count);
-  typename K::S buffer[L];
-  for (int s = 0; s < L; ++s) {
-    const int64_t k = s * K::kPerStep;
-    buffer[s] = k < k_count ? K::one(p + k * k_stride, k_stride, k_count - k) : 0;
-  }
-  return load(buffer);
-}
-
-// Keeps the compiler from splitting loops over a pointer, and from keeping all its offsets in (too few) registers.
-template <class P>
-GLM5_INLINE void as_it_is(P*& p) {
-  __asm__("" : "+r"(p));
-}
-
-// kLanes neighbouring lines, line_stride apart; lines past num_lines give zero. ahead: what to prefetch for the first line.
-template <class T, class K, int L>
-GLM5_INLINE void read_lines(const T* p, int64_t line_stride, int64_t k_stride, int64_t num_lines, int64_t k_count,
-                            const T* ahead, typename K::V (&r)[L]) {
-  if (k_stride == 1 && num_lines >= L && k_count >= L * K::kPerStep) {
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) {
-      // Weights come from memory, in more streams than the hardware follows.
-      __builtin_prefetch(ahead);
-      r[i] = K::along(p);
-      p += line_stride;
-      ahead += line_stride;
-      as_it_is(p);
-      as_it_is(ahead);
-    }
-    return;
-  }
-  for (int i = 0; i < L; ++i)
-    r[i] = i < num_lines ? read_line<T, K>(p + i * line_stride, k_stride, k_count) : splat<typename K::V>(0);
-}
 
 // dst[panel][step][lane], panels panel_size apart: columns of B to the lanes.
 template <class T, class K>
@@ -221,19 +180,6 @@ constexpr const char* kPathNames[2][12] = {{"gemm 1x1", "gemm 2x1", "gemm 3x1", 
                                            {"gemm 1x2", "gemm 2x2", "gemm 3x2", "gemm 4x2", "gemm 5x2", "gemm 6x2",
                                             "gemm 7x2", "gemm 8x2", "gemm 9x2", "gemm 10x2", "gemm 11x2", "gemm 12x2"}};
 
-// One row of finished sums, `cols` of them, goes to c.
-template <class T, class V, class S>
-void finish_row(const S* sums, int64_t cols, const T* bias, void* out, bool out_is_accumulator) {
-  constexpr int L = V::kLanes;
-  for (int64_t n = 0; n < cols; n += L) {
-    const int64_t left = cols - n;
-    V v = load(sums + n);
-    if (bias) v = v + load_n(bias + n, left);
-    if (out_is_accumulator) store_n(static_cast<S*>(out) + n, v, left);
-    else store_n(static_cast<T*>(out) + n, v, left);
-  }
-}
-
 // The first steps of a strip of B, on the way to the second or first half of it: of its columns, where they lie along k, else
 // of what the microkernel has of each step.
 template <class T, class K>
@@ -332,212 +278,10 @@ void run_tile(const GemmArgs& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
   }
 }
 
-// ---- Few rows: columns [n0, n1), all of k --------------------------------------------------------------------------------
-
-// B is read once, from memory: what counts is to keep enough reads under way. Lines of B are transposed in registers and
-// multiplied at once, while the same lines further on, and at their ends the next ones, are prefetched.
-// sums[row][panel][lane]: the sums over all of k. a: [step / kLanes][row][step % kLanes].
-// b: kLinePanels kLanes lines, num_lines of them there; next: lines to come, or null.
-template <class T, class K, int kRows>
-__attribute__((noinline)) void multiply_lines(int64_t k_end, const typename K::S* a, const T* b, int64_t b_col,
-                                              int64_t num_lines, const T* next, typename K::S* sums) {
-  using V = typename K::V;
-  using S = typename K::S;
-  constexpr int L = V::kLanes, kTileK = L * K::kPerSlot * K::kPerStep;
-  constexpr int64_t kAhead = kLinesAheadBytes / static_cast<int64_t>(sizeof(T));
-  const int64_t tiled = num_lines >= kLinePanels * L ? k_end / kTileK * kTileK : 0;
-  if (next == nullptr) next = b;  // in cache: costs nothing
-  for (int64_t k0 = 0; k0 == 0 || k0 < k_end; k0 += kGemmBlockK) {
-    const int64_t block_end = k_end - k0 < kGemmBlockK ? k_end : k0 + kGemmBlockK;
-    const int64_t tiles_end = block_end < tiled ? block_end : tiled;
-    V c[kLinePanels][kRows];
-#pragma GCC unroll 2
-    for (int p = 0; p < kLinePanels; ++p)
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) c[p][i] = splat<V>(0);
-    int64_t k = k0;
-    for (; k < tiles_end; k += kTileK) {
-      const T *line = b + k, *fetched = k + kAhead < k_end ? line + kAhead : next + (k + kAhead - k_end);
-      const S* own_a = a + k / K::kPerStep * kRows;
-      as_it_is(fetched);
-#pragma GCC unroll 2
-      for (int p = 0; p < kLinePanels; ++p) {
-        V r[L];
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) {
-          __builtin_prefetch(fetched);
-          r[i] = K::slots(line);
-          line += b_col;
-          fetched += b_col;
-          as_it_is(line);
-          as_it_is(fetched);
-        }
-        transpose(r);
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i)
-#pragma GCC unroll 2
-          for (int h = 0; h < K::kPerSlot; ++h) {
-            const V bv = K::from_slot(r[i], h);
-            const int s = i * K::kPerSlot + h;
-#pragma GCC unroll 8
-            for (int row = 0; row < kRows; ++row)
-              c[p][row] = K::step(splat<V>(own_a[(s / L * kRows + row) * L + s % L]), bv, c[p][row]);
-          }
-      }
-    }
-    // What is left: the end of k, or fewer lines than lanes.
-    for (; k < block_end; k += L * K::kPerStep) {
-      const int64_t left = (block_end - k + K::kPerStep - 1) / K::kPerStep;
-      const S* own_a = a + k / K::kPerStep * kRows;
-      for (int p = 0; p < kLinePanels; ++p) {
-        V r[L];
-        read_lines<T, K, L>(b + k + p * L * b_col, b_col, 1, num_lines - p * L, block_end - k, b, r);
-        transpose(r);
-        for (int i = 0; i < L; ++i)
-          if (i < left)
-            for (int row = 0; row < kRows; ++row) c[p][row] = K::step(splat<V>(own_a[row * L + i]), r[i], c[p][row]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int row = 0; row < kRows; ++row)
-#pragma GCC unroll 2
-      for (int p = 0; p < kLinePanels; ++p) {
-        S* own = sums + (row * kLinePanels + p) * L;
-        store(own, k0 > 0 ? load(own) + c[p][row] : c[p][row]);
-      }
-  }
-}
-
-// The same for columns of B that lie side by side (b_col 1): a step reads kPanels vectors where they are. Few enough columns
-// to keep all sums in registers, many enough to read whole stretches of memory; `ahead`: lines from here to what is
-// prefetched.
-// sums[row][panel][lane]; num_cols: how many are there.
-template <class T, class K, int kRows, int kPanels>
-__attribute__((noinline)) void multiply_across(int64_t k_end, const typename K::S* a, const T* b, int64_t b_row,
-                                               int64_t num_cols, int64_t ahead, typename K::S* sums) {
-  using V = typename K::V;
-  constexpr int L = V::kLanes, kLine = 64 / static_cast<int>(sizeof(T));
-  for (int64_t k0 = 0; k0 == 0 || k0 < k_end; k0 += kGemmBlockK) {
-    const int64_t block_end = k_end - k0 < kGemmBlockK ? k_end : k0 + kGemmBlockK;
-    V c[kRows][kPanels];
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-      for (int p = 0; p < kPanels; ++p) c[i][p] = splat<V>(0);
-    for (int64_t k = k0; k < block_end; k += K::kPerStep) {
-      const int64_t s = k / K::kPerStep;
-      const auto* own_a = a + (s / L * kRows) * L + s % L;
-      const T* line = b + k * b_row;
-#pragma GCC unroll 2
-      for (int h = 0; h < K::kPerStep; ++h)
-#pragma GCC unroll 8
-        for (int p = 0; p < kPanels * L; p += kLine) __builtin_prefetch(line + (ahead + h) * b_row + p);
-      V bv[kPanels];
-#pragma GCC unroll 8
-      for (int p = 0; p < kPanels; ++p)
-        bv[p] = K::across(line + p * L, b_row, block_end - k, kPanels > 1 ? int64_t{L} : num_cols);
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        const V av = splat<V>(own_a[i * L]);
-#pragma GCC unroll 8
-        for (int p = 0; p < kPanels; ++p) c[i][p] = K::step(av, bv[p], c[i][p]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-      for (int p = 0; p < kPanels; ++p) {
-        auto* own = sums + (i * kPanels + p) * L;
-        store(own, k0 > 0 ? load(own) + c[i][p] : c[i][p]);
-      }
-  }
-}
-
-// Vectors of columns that as many rows multiply at once.
-constexpr int across_panels(int rows) {
-  constexpr int most = GLM5_ISA_LEVEL == 2 ? 16 : 8;
-  return rows == 1 ? (most < 8 ? most : 8) : rows == 2 ? most / 2 : rows <= 4 ? most / 4 : 2;
-}
-
-// Returns how many vectors were multiplied.
-template <class T, class K, int kRows>
-GLM5_INLINE int run_multiply_across(int64_t rows, int64_t k_end, const typename K::S* a, const T* b, int64_t b_row,
-                                    int64_t num_cols, int64_t ahead, typename K::S* sums) {
-  if constexpr (kRows > 0) {
-    if (rows < kRows) return run_multiply_across<T, K, kRows - 1>(rows, k_end, a, b, b_row, num_cols, ahead, sums);
-    constexpr int panels = across_panels(kRows);
-    if (num_cols >= panels * K::V::kLanes) {
-      GLM5_COUNT_PATH("gemm across: vectors");
-      multiply_across<T, K, kRows, panels>(k_end, a, b, b_row, num_cols, ahead, sums);
-      return panels;
-    }
-    GLM5_COUNT_PATH("gemm across: one vector");
-    multiply_across<T, K, kRows, 1>(k_end, a, b, b_row, num_cols, ahead, sums);
-  }
-  return 1;
-}
-
-template <class T, class K, int kRows, class... Args>
-GLM5_INLINE void run_multiply_lines(int64_t rows, Args... args) {
-  if constexpr (kRows > 0) {
-    if (rows == kRows) multiply_lines<T, K, kRows>(args...);
-    else run_multiply_lines<T, K, kRows - 1>(rows, args...);
-  }
-}
-
-constexpr const char* kLinePathNames[8] = {"gemm lines 1", "gemm lines 2", "gemm lines 3", "gemm lines 4",
-                                           "gemm lines 5", "gemm lines 6", "gemm lines 7", "gemm lines 8"};
-
-template <class T>
-void run_lines(const GemmArgs& g, int64_t n0, int64_t n1) {
-  using K = typename KindFor<T>::Type;
-  using V = typename K::V;
-  using S = typename K::S;
-  constexpr int L = V::kLanes, kCols = kLinePanels * L;
-  const T* bias = static_cast<const T*>(g.bias);
-  const bool out_is_accumulator = sizeof(T) == sizeof(S) || g.out_dtype != g.dtype;
-  const size_t out_size = out_is_accumulator ? sizeof(S) : sizeof(T);
-  // One row may look like this already.
-  const bool direct = g.m == 1 && g.a_col == 1 && sizeof(T) * K::kPerStep == sizeof(S) && g.k % (L * K::kPerStep) == 0;
-  GLM5_COUNT_PATH(direct ? "gemm lines direct A" : "gemm lines packed A");
-  GLM5_COUNT_PATH(kLinePathNames[g.m - 1]);
-  const S* a = static_cast<const S*>(g.a);
-  if (!direct) {
-    const int64_t tiles = (g.k + L * K::kPerStep - 1) / (L * K::kPerStep);
-    S* packed = static_cast<S*>(thread_scratch(kScratchA, g.m * (tiles + 1) * L * sizeof(S)));
-    for (int64_t r = 0; r < g.m; ++r)
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t k = t * L * K::kPerStep;
-        const T* from = static_cast<const T*>(g.a) + r * g.a_row + k * g.a_col;
-        store(packed + (t * g.m + r) * L, read_line<T, K>(from, g.a_col, g.k - k));
-      }
-    a = packed;
-  }
-  alignas(64) S sums[16 * L > kLineRows * kCols ? 16 * L : kLineRows * kCols];
-  // Lines of B that are under way beside those being multiplied; not worth it where there are few.
-  const int64_t ahead = g.k < 64 ? 0 : 16;
-  for (int64_t n = n0, width; n < n1; n += width) {
-    char* c = static_cast<char*>(g.c) + n * out_size;
-    const T* b = static_cast<const T*>(g.b) + n * g.b_col;
-    width = kCols;
-    if (g.b_row == 1)
-      run_multiply_lines<T, K, kLineRows>(g.m, g.k, a, b, g.b_col, n1 - n < kCols ? n1 - n : kCols,
-                                          n + kCols < n1 ? b + kCols * g.b_col : nullptr, sums);
-    else width = L * run_multiply_across<T, K, kLineRows>(g.m, g.k, a, b, g.b_row, n1 - n, ahead, sums);
-    for (int64_t r = 0; r < g.m; ++r)
-      finish_row<T, V, S>(sums + r * width, n1 - n < width ? n1 - n : width, bias ? bias + n : nullptr,
-                          c + r * g.c_row * out_size, out_is_accumulator);
-  }
-}
-
-bool has_few_rows(const GemmArgs& g) {
-  return g.m > 0 && g.m <= kLineRows && !g.accumulate && (g.b_row == 1 || (g.b_col == 1 && g.a_col == 1));
-}
-
 // ---- Cutting products into tiles ------------------------------------------------------------------------------------
 
 struct Tiling {
-  int64_t rows, cols;           // of a full tile
+  int64_t rows, cols;  // of a full tile
   int64_t row_tiles, col_tiles;
 };
 
@@ -552,7 +296,8 @@ Tiling tiling(const GemmArgs& g, int64_t wanted) {
     return tiles > 0 ? ((total + tiles - 1) / tiles + unit - 1) / unit * unit : unit;
   };
   // Few rows: B comes from memory, so its lines are followed to their ends, one register tile of columns at a time.
-  if (has_few_rows(g)) wanted *= 2, col_tiles = g.n * g.k * static_cast<int64_t>(sizeof(T)) / kLinesTaskBytes + (g.n > 0);
+  if (gemm_has_few_rows(g))
+    wanted *= 2, col_tiles = g.n * g.k * static_cast<int64_t>(sizeof(T)) / kFewRowsTaskBytes + (g.n > 0);
   else if (g.m <= kMaxRows && g.b_row == 1) col_tiles = (g.n + kPair - 1) / kPair;
   while (row_tiles * col_tiles > 0 && row_tiles * col_tiles < wanted) {
     const int64_t rows = size(g.m, row_tiles, kMaxRows), cols = size(g.n, col_tiles, kPair);
@@ -589,7 +334,7 @@ void run_products(const GemmArgs* products, int64_t count) {
     const Tiling t = tiling<T>(g, wanted);
     const int64_t tile = task - first_task[low], row = tile % t.row_tiles, col = tile / t.row_tiles;
     const int64_t m1 = (row + 1) * t.rows, n1 = (col + 1) * t.cols;
-    if (has_few_rows(g)) run_lines<T>(g, col * t.cols, n1 < g.n ? n1 : g.n);
+    if (gemm_has_few_rows(g)) gemm_few_rows(g, col * t.cols, n1 < g.n ? n1 : g.n);
     else run_tile<T>(g, row * t.rows, m1 < g.m ? m1 : g.m, col * t.cols, n1 < g.n ? n1 : g.n);
   });
 }
@@ -600,7 +345,7 @@ void run_serial(const GemmArgs& g) {
   for (int64_t tile = 0; tile < t.row_tiles * t.col_tiles; ++tile) {
     const int64_t row = tile % t.row_tiles, col = tile / t.row_tiles;
     const int64_t m1 = (row + 1) * t.rows, n1 = (col + 1) * t.cols;
-    if (has_few_rows(g)) run_lines<T>(g, col * t.cols, n1 < g.n ? n1 : g.n);
+    if (gemm_has_few_rows(g)) gemm_few_rows(g, col * t.cols, n1 < g.n ? n1 : g.n);
     else run_tile<T>(g, row * t.rows, m1 < g.m ? m1 : g.m, col * t.cols, n1 < g.n ? n1 : g.n);
   }
 }
