@@ -151,10 +151,11 @@ void score_block(const LightningIndexerArgs& a, int64_t q0, int64_t q1, int64_t 
   const Rows<T> rows(a, q0, q1, scratch.heads);
   const int64_t num_heads = a.num_heads;
   const float* weights = static_cast<const float*>(a.weights);
+  TileKeys<T> keys(a);
   alignas(64) float tile_scores[kTileKeys];
   configure_tiles();
   for (int64_t tile = low / kTileKeys * kTileKeys; tile < high; tile += kTileKeys) {
-    pack_keys(static_cast<const T*>(a.k), nullptr, tile, min_of(kTileKeys, a.num_keys - tile), a.dim, scratch.keys);
+    keys.pack(tile, low, high, scratch.keys);
     const int64_t tile_end = min_of(tile + kTileKeys, last);
     const auto finish = [&](int64_t g0, const Dot<T>* dots) {
       for (int64_t t = g0; t < min_of(g0 + rows.group, q1); ++t) {
@@ -162,13 +163,13 @@ void score_block(const LightningIndexerArgs& a, int64_t q0, int64_t q1, int64_t 
         if (begin >= end) continue;
         float* out = scores + (t - q0) * stride - first;
         const Dot<T>* mine = dots + (t - g0) * num_heads * kTileKeys;
-        if (end - begin == kTileKeys && !a.k_scale) {
+        if (end - begin == kTileKeys && !keys.scale) {
           weigh<4>(mine, weights + t * num_heads, num_heads, out + begin);
           continue;
         }
         weigh_range(mine, weights + t * num_heads, num_heads, begin - tile, end - tile, tile_scores);
-        if (a.k_scale)
-          for (int64_t s = begin; s < end; ++s) out[s] = tile_scores[s - tile] * a.k_scale[s];
+        if (keys.scale)
+          for (int64_t s = begin; s < end; ++s) out[s] = tile_scores[s - tile] * keys.scale[s - tile];
         else std::memcpy(out + begin, tile_scores + begin - tile, sizeof(float) * (end - begin));
       }
     };
@@ -196,7 +197,7 @@ void score_selected(const LightningIndexerArgs& a, int64_t t, const int32_t* ind
   configure_tiles();
   for (int64_t i = 0; i < count; i += kTileKeys) {
     const int64_t n = min_of(kTileKeys, count - i);
-    pack_keys(static_cast<const T*>(a.k), indices + i, 0, n, a.dim, scratch.keys);
+    pack_keys(KeyRows<T>{static_cast<const T*>(a.k), a.dim, indices + i}, n, scratch.keys);
     rows.multiply_rows(0, a.num_heads, scratch.keys, 0, n, rows.dots[0]);
     weigh_range(rows.dots[0], static_cast<const float*>(a.weights) + t * a.num_heads, a.num_heads, 0, n, tile_scores);
     std::memcpy(scores + i, tile_scores, sizeof(float) * n);

@@ -186,7 +186,7 @@ void backward_queries(const LightningIndexerArgs& a) {
       const int64_t count = count_selected(indices, a.topk);
       for (int64_t i = 0; i < count; i += kTileKeys) {
         const int64_t n = min_of(kTileKeys, count - i);
-        pack_keys(k, indices + i, 0, n, a.dim, keys);
+        pack_keys(KeyRows<T>{k, a.dim, indices + i}, n, keys);
         for (int64_t j = 0; j < n; ++j) widen_row(k + indices[i + j] * a.dim, a.dim, rows + j * a.dim);
         grad.load_range(grads + q0 * a.topk, i, i + n, i);
         add(q0, 0, n);
@@ -194,7 +194,7 @@ void backward_queries(const LightningIndexerArgs& a) {
     } else {
       for (int64_t tile = low / kTileKeys * kTileKeys; tile < high; tile += kTileKeys) {
         const int64_t n = min_of(kTileKeys, a.num_keys - tile);
-        pack_keys(k, nullptr, tile, n, a.dim, keys);
+        pack_keys(KeyRows<T>{k + tile * a.dim, a.dim}, n, keys);
         for (int64_t j = 0; j < n; ++j) widen_row(k + (tile + j) * a.dim, a.dim, rows + j * a.dim);
         for (int64_t t = q0; t < q1; ++t) {
           const int64_t begin = max_of(a.ks[t], tile), end = min_of(a.ke[t], tile + n);
@@ -232,7 +232,7 @@ void backward_keys(const LightningIndexerArgs& a) {
     std::memset(total, 0, sizeof(R) * 2 * range * a.dim);
     std::memset(dw, 0, sizeof(R) * size.heads * L);
     TileGrad<R> grad;
-    if (!a.indices) pack_keys(k, nullptr, k0, k1 - k0, a.dim, keys);
+    if (!a.indices) pack_keys(KeyRows<T>{k + k0 * a.dim, a.dim}, k1 - k0, keys);
     int64_t pending = 0;
     const auto flush = [&] {
       for (int64_t i = 0; i < range * a.dim; ++i) total[i] = total[i] + part[i], part[i] = 0;
@@ -253,7 +253,7 @@ void backward_keys(const LightningIndexerArgs& a) {
       if (indices) {
         for (int64_t i = begin; i < end; i += kTileKeys) {
           const int64_t n = min_of(kTileKeys, end - i);
-          pack_keys(k, indices + i, 0, n, a.dim, keys);
+          pack_keys(KeyRows<T>{k, a.dim, indices + i}, n, keys);
           grad.load_range(grads + t * a.topk, i, i + n, i);
           weigh_tile(heads, weights + t * size.heads, size.heads, size.steps, keys, grad, p, dw);
           std::memset(gathered, 0, sizeof(R) * n * a.dim);

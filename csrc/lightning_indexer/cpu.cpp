@@ -61,17 +61,18 @@ void score_block(const LightningIndexerArgs& a, int64_t q0, int64_t q1, int64_t 
   for (int64_t t = q0; t < q1; ++t)
     heads[t - q0] = pack_heads(static_cast<const T*>(a.q) + t * a.num_heads * a.dim, a.num_heads, a.dim,
                                scratch.heads + (t - q0) * a.num_heads * steps);
+  TileKeys<T> keys(a);
   alignas(64) R tile_scores[kTileKeys];
   for (int64_t tile = low / kTileKeys * kTileKeys; tile < high; tile += kTileKeys) {
-    pack_keys(static_cast<const T*>(a.k), nullptr, tile, min_of(kTileKeys, a.num_keys - tile), a.dim, scratch.keys);
+    keys.pack(tile, low, high, scratch.keys);
     for (int64_t t = q0; t < q1; ++t) {
       const int64_t begin = max_of(max_of(a.ks[t], first), tile), end = min_of(min_of(a.ke[t], last), tile + kTileKeys);
       if (begin >= end) continue;
       score_tile(heads[t - q0], static_cast<const R*>(a.weights) + t * a.num_heads, a.num_heads, steps, scratch.keys,
                  begin - tile, end - tile, tile_scores);
       R* out = scores + (t - q0) * stride - first;
-      if (a.k_scale)
-        for (int64_t s = begin; s < end; ++s) out[s] = tile_scores[s - tile] * a.k_scale[s];
+      if (keys.scale)
+        for (int64_t s = begin; s < end; ++s) out[s] = tile_scores[s - tile] * keys.scale[s - tile];
       else std::memcpy(out + begin, tile_scores + begin - tile, sizeof(R) * (end - begin));
     }
   }
@@ -87,7 +88,7 @@ void score_selected(const LightningIndexerArgs& a, int64_t t, const int32_t* ind
   alignas(64) R tile_scores[kTileKeys];
   for (int64_t i = 0; i < count; i += kTileKeys) {
     const int64_t n = min_of(kTileKeys, count - i);
-    pack_keys(static_cast<const T*>(a.k), indices + i, 0, n, a.dim, scratch.keys);
+    pack_keys(KeyRows<T>{static_cast<const T*>(a.k), a.dim, indices + i}, n, scratch.keys);
     score_tile(heads, static_cast<const R*>(a.weights) + t * a.num_heads, a.num_heads, steps, scratch.keys, 0, n,
                tile_scores);
     std::memcpy(scores + i, tile_scores, sizeof(R) * n);

@@ -8,11 +8,20 @@
 
 namespace glm5 {
 
+// Where the keys of one sequence lie, if not one after the other: key s is row s % page_size of page table[s / page_size] of
+// k. A page holds page_size rows and, of e4m3, page_size float32 scales behind them. Entries of pages that no query sees are
+// not read, or, where they lie between two queries' ranges, may be anything.
+struct LightningIndexerPages {
+  const int32_t* table;  // [ceil(num_keys / page_size)] or null
+  int64_t page_size, num_pages, page_bytes;
+};
+
 struct LightningIndexerArgs {
   int dtype;                // Dtype of q and k, kE4m3 or kInt8; "real" below is double for float64, else float
   int64_t num_queries, num_keys, num_heads, dim;
   const void* q;            // [num_queries, num_heads, dim]
   const void* k;            // [num_keys, dim]
+  LightningIndexerPages pages;  // lightning_indexer_topk alone
   const float* k_scale;     // [num_keys] or null
   const void* weights;      // [num_queries, num_heads]        real
   const int32_t* ks;        // [num_queries]                   keys of query t: [ks[t], ke[t])

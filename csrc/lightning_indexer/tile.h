@@ -71,6 +71,16 @@ struct Packing<e4m3> : PairPacking<e4m3> {};
 template <class T>
 using Element = typename Packing<T>::Element;
 
+// Where keys lie: one after the other from `base`, or those that `indices` names, or each somewhere.
+template <class T>
+struct KeyRows {
+  const T* base;
+  int64_t dim;
+  const int32_t* indices = nullptr;
+  const T* const* each = nullptr;
+  GLM5_INLINE const T* operator[](int64_t i) const { return each ? each[i] : base + (indices ? indices[i] : i) * dim; }
+};
+
 template <class T>
 struct Scratch {
   Element<T>* keys;   // [steps][kTileKeys]
@@ -116,26 +126,22 @@ GLM5_INLINE void transpose16(__m512i (&r)[16]) {
   }
 }
 
-// Packs `count` keys, row `first + i` or `indices[i]` of k as key i; missing keys are zero.
-inline void pack_keys(const bf16* k, const int32_t* indices, int64_t first, int64_t count, int64_t dim, uint32_t* packed) {
-  const int64_t steps = Packing<bf16>::steps(dim);
+// Packs `count` keys, k[i] as key i; missing keys are zero.
+inline void pack_keys(const KeyRows<bf16>& k, int64_t count, uint32_t* packed) {
+  const int64_t dim = k.dim, steps = Packing<bf16>::steps(dim);
   for (int64_t i = 0; i < kTileKeys; i += 16) {
     int64_t s = 0;
     for (; 2 * (s + 16) <= dim; s += 16) {
       __m512i r[16];
 #pragma GCC unroll 16
-      for (int j = 0; j < 16; ++j)
-        r[j] = i + j < count ? _mm512_loadu_si512(k + (indices ? indices[i + j] : first + i + j) * dim + 2 * s)
-                             : _mm512_setzero_si512();
+      for (int j = 0; j < 16; ++j) r[j] = i + j < count ? _mm512_loadu_si512(k[i + j] + 2 * s) : _mm512_setzero_si512();
       transpose16(r);
 #pragma GCC unroll 16
       for (int j = 0; j < 16; ++j) _mm512_storeu_si512(packed + (s + j) * kTileKeys + i, r[j]);
     }
     for (int64_t j = i; j < i + 16; ++j)
       for (int64_t rest = s; rest < steps; ++rest)
-        packed[rest * kTileKeys + j] = j < count
-                                           ? Packing<bf16>::element(k + (indices ? indices[j] : first + j) * dim, dim, rest)
-                                           : 0u;
+        packed[rest * kTileKeys + j] = j < count ? Packing<bf16>::element(k[j], dim, rest) : 0u;
   }
 }
 
@@ -155,31 +161,31 @@ inline void decode(const e4m3* from, int64_t n, bf16* to) {
   }
 }
 
-inline void pack_keys(const e4m3* k, const int32_t* indices, int64_t first, int64_t count, int64_t dim, uint32_t* packed) {
-  bf16* rows = static_cast<bf16*>(thread_scratch(3, sizeof(bf16) * (kTileKeys * dim + 32)));
-  for (int64_t i = 0; i < count; ++i) decode(k + (indices ? indices[i] : first + i) * dim, dim, rows + i * dim);
-  pack_keys(rows, nullptr, 0, count, dim, packed);
+inline void pack_keys(const KeyRows<e4m3>& k, int64_t count, uint32_t* packed) {
+  bf16* rows = static_cast<bf16*>(thread_scratch(3, sizeof(bf16) * (kTileKeys * k.dim + 32)));
+  for (int64_t i = 0; i < count; ++i) decode(k[i], k.dim, rows + i * k.dim);
+  pack_keys(KeyRows<bf16>{rows, k.dim}, count, packed);
 }
 
 #endif
 
 // The same for every other storage type.
 template <class T>
-void pack_keys(const T* k, const int32_t* indices, int64_t first, int64_t count, int64_t dim, Element<T>* packed) {
-  const int64_t steps = Packing<T>::steps(dim);
+void pack_keys(const KeyRows<T>& k, int64_t count, Element<T>* packed) {
+  const int64_t dim = k.dim, steps = Packing<T>::steps(dim);
   int64_t whole = 0;  // keys packed in squares, as many as a vector has lanes
 #if GLM5_ISA_LEVEL > 0
   if constexpr (sizeof(T) == 2 || sizeof(T) == 4) {
     constexpr int L = F::kLanes;
     for (; whole + L <= count; whole += L) {
       const T* rows[L];
-      for (int j = 0; j < L; ++j) rows[j] = k + (indices ? indices[whole + j] : first + whole + j) * dim;
+      for (int j = 0; j < L; ++j) rows[j] = k[whole + j];
       int64_t s = 0;
       for (; s + L <= dim; s += L) {
         F r[L];
 #pragma GCC unroll 16
         for (int j = 0; j < L; ++j) {
-          if (!indices) __builtin_prefetch(rows[j] + kPackAheadKeys * dim + s);  // the same place of later keys
+          if (k.base && !k.indices) __builtin_prefetch(rows[j] + kPackAheadKeys * dim + s);  // the same place of later keys
           r[j] = load(rows[j] + s);
         }
         transpose(r);
@@ -193,13 +199,64 @@ void pack_keys(const T* k, const int32_t* indices, int64_t first, int64_t count,
   }
 #endif
   for (int64_t i = whole; i < count; ++i) {
-    const T* row = k + (indices ? indices[i] : first + i) * dim;
+    const T* row = k[i];
     for (int64_t s = 0; s < steps; ++s) packed[s * kTileKeys + i] = Packing<T>::element(row, dim, s);
   }
   if (count < kTileKeys)
     for (int64_t s = 0; s < steps; ++s)
       std::memset(packed + s * kTileKeys + count, 0, sizeof(*packed) * (kTileKeys - count));
 }
+
+// The keys that a block of queries sees, a tile at a time: rows of k, or of the pages of a sequence.
+template <class T>
+struct TileKeys {
+  const LightningIndexerArgs& a;
+  const T* nothing = nullptr;  // a row of zeros
+  const T* rows[kTileKeys];
+  float scales[kTileKeys];
+  const float* scale = nullptr;  // of the tile's key i, or null
+
+  explicit TileKeys(const LightningIndexerArgs& args) : a(args) {
+    if (!a.pages.table) return;
+    void* row = thread_scratch(5, sizeof(T) * a.dim + 64);
+    std::memset(row, 0, sizeof(T) * a.dim);
+    nothing = static_cast<const T*>(row);
+  }
+
+  // Packs the keys from `tile` on. Of pages, what lies outside [low, high) is not looked at: these keys are zero. So are
+  // those between two queries' ranges whose page is not there.
+  void pack(int64_t tile, int64_t low, int64_t high, Element<T>* packed) {
+    if (!a.pages.table) {
+      scale = a.k_scale ? a.k_scale + tile : nullptr;
+      const T* k = static_cast<const T*>(a.k) + tile * a.dim;
+      return pack_keys(KeyRows<T>{k, a.dim}, min_of(kTileKeys, a.num_keys - tile), packed);
+    }
+    constexpr bool kScaled = sizeof(T) == 1;
+    const LightningIndexerPages& pages = a.pages;
+    const int64_t count = min_of(kTileKeys, high - tile);
+    int64_t i = max_of(low - tile, 0);
+    for (int64_t j = 0; j < i; ++j) rows[j] = nothing, scales[j] = 0;
+    int64_t entry = (tile + i) / pages.page_size, at = (tile + i) % pages.page_size;
+    const bool one_page = i == 0 && at + count <= pages.page_size;
+    for (; i < count; ++entry, at = 0) {
+      const int64_t page = pages.table[entry], end = min_of(i + pages.page_size - at, count);
+      const bool there = page >= 0 && page < pages.num_pages;
+      const char* begin = static_cast<const char*>(a.k) + (there ? page * pages.page_bytes : 0);
+      const char* scale_of = begin + (pages.page_size * a.dim + at * 4);
+      const T* row = reinterpret_cast<const T*>(begin) + at * a.dim;
+      for (; i < end; ++i, row += a.dim, scale_of += 4) {
+        rows[i] = there ? row : nothing;
+        if constexpr (kScaled) {
+          if (there) std::memcpy(scales + i, scale_of, 4);
+          else scales[i] = 0;
+        }
+      }
+    }
+    scale = kScaled ? scales : nullptr;
+    if (one_page && count == kTileKeys) pack_keys(KeyRows<T>{rows[0], a.dim}, rows[0] == nothing ? 0 : count, packed);
+    else pack_keys(KeyRows<T>{nullptr, a.dim, nullptr, rows}, count, packed);
+  }
+};
 
 // The heads of one query as [head][step]: in place where storage already is that, else in `buffer`.
 template <class T>
