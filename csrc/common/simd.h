@@ -300,23 +300,31 @@ GLM5_INLINE F splat<F>(float x) {
 }
 #endif
 
-// e^x, about 1 ulp; exactly 0 below -87.34 (and for -inf), +inf above 88.73, NaN for NaN. Cody-Waite reduction by
-// n ln 2, then the degree-6 polynomial of Cephes' expf on |r| <= ln(2)/2.
-GLM5_INLINE F exp(F x) {
-  const F lowest = splat<F>(-87.336544f);
-  // NaN survives: max/min return the second operand where either is NaN.
-  const F clamped = max(lowest, min(splat<F>(89.f), x));
-  const F n = round_to_integer(clamped * splat<F>(1.44269504088896341f));
-  F r = fnma(n, splat<F>(0.693359375f), clamped);
-  r = fnma(n, splat<F>(-2.12194440e-4f), r);
+// e^x = 2^n m for |x| < 89 or so, NaN for NaN: n, a whole number, and m, about 1 ulp. Cody-Waite reduction by n ln 2, then the
+// degree-6 polynomial of Cephes' expf on |r| <= ln(2)/2.
+GLM5_INLINE F exp_mantissa(F x, F* n) {
+  *n = round_to_integer(x * splat<F>(1.44269504088896341f));
+  F r = fnma(*n, splat<F>(0.693359375f), x);
+  r = fnma(*n, splat<F>(-2.12194440e-4f), r);
   F p = splat<F>(1.9875691500e-4f);
   p = fma(p, r, splat<F>(1.3981999507e-3f));
   p = fma(p, r, splat<F>(8.3334519073e-3f));
   p = fma(p, r, splat<F>(4.1665795894e-2f));
   p = fma(p, r, splat<F>(1.6666665459e-1f));
   p = fma(p, r, splat<F>(5.0000001201e-1f));
-  const F y = scale_by_power_of_two(fma(p, r * r, r + splat<F>(1.f)), n);
-  return where_lt(x, lowest, splat<F>(0.f), y);
+  return fma(p, r * r, r + splat<F>(1.f));
+}
+
+// Below, e^x is no normal number.
+inline constexpr float kLowestExponent = -87.336544f;
+
+// e^x, about 1 ulp; exactly 0 below -87.34 (and for -inf), +inf above 88.73, NaN for NaN.
+GLM5_INLINE F exp(F x) {
+  const F lowest = splat<F>(kLowestExponent);
+  // NaN survives: max/min return the second operand where either is NaN.
+  F n;
+  const F m = exp_mantissa(max(lowest, min(splat<F>(89.f), x)), &n);
+  return where_lt(x, lowest, splat<F>(0.f), scale_by_power_of_two(m, n));
 }
 
 // The natural logarithm of normal positive numbers, about 1 ulp; of +inf and NaN, some large number or NaN. x = m 2^e with m in

@@ -25,18 +25,11 @@ inline constexpr int64_t kRing = 4, kAhead = 3;
 
 // exp for x <= kSlack or so: 0 where it is not a normal number (those take the processor a hundred cycles), NaN stays.
 GLM5_INLINE F exp_of_difference(F x) {
-  const F lowest = splat<F>(-87.336544f), clamped = max(lowest, x);
+  const F lowest = splat<F>(kLowestExponent);
   const __mmask16 normal = _mm512_cmp_ps_mask(x.v, lowest.v, _CMP_NLT_UQ);
-  const F n = round_to_integer(clamped * splat<F>(1.44269504088896341f));
-  F r = fnma(n, splat<F>(0.693359375f), clamped);
-  r = fnma(n, splat<F>(-2.12194440e-4f), r);
-  F p = splat<F>(1.9875691500e-4f);
-  p = fma(p, r, splat<F>(1.3981999507e-3f));
-  p = fma(p, r, splat<F>(8.3334519073e-3f));
-  p = fma(p, r, splat<F>(4.1665795894e-2f));
-  p = fma(p, r, splat<F>(1.6666665459e-1f));
-  p = fma(p, r, splat<F>(5.0000001201e-1f));
-  return {_mm512_maskz_scalef_ps(normal, fma(p, r * r, r + splat<F>(1.f)).v, n.v)};
+  F n;
+  const F m = exp_mantissa(max(lowest, x), &n);
+  return {_mm512_maskz_scalef_ps(normal, m.v, n.v)};
 }
 
 inline constexpr int64_t kTileWords = 256;  // of a tile in memory
