@@ -125,47 +125,45 @@ GLM5_INLINE void dots_tile(const typename V::Scalar* const* rows, const typename
   else dots_tile_of<V, HT, KT, false>(rows, q, dim, out, next, name);
 }
 
+struct DotsTile {
+  int heads, keys;
+  const char* name;
+};
+#if GLM5_ISA_LEVEL == 2
+inline constexpr DotsTile kDotsTiles[] = {
+    {4, 4, "sparse_mla dots 4x4"}, {2, 8, "sparse_mla dots 2x8"}, {1, 16, "sparse_mla dots 1x16"}};
+#else
+inline constexpr DotsTile kDotsTiles[] = {
+    {3, 4, "sparse_mla dots 3x4"}, {2, 4, "sparse_mla dots 2x4"}, {1, 8, "sparse_mla dots 1x8"}};
+#endif
+// Heads whose q stays in the first-level cache while the keys pass.
+inline constexpr int64_t kDotsGroup = 2 * kDotsTiles[0].heads;
+
+// Heads [h, end) as far as they fill tiles of this shape; returns the first one left.
+template <class V, int Shape>
+GLM5_INLINE int64_t dots_tiles(const typename V::Scalar* const* rows, int64_t keys, const typename V::Scalar* q, int64_t h,
+                               int64_t end, int64_t dim, typename V::Scalar* out, const typename V::Scalar* const* next) {
+  constexpr DotsTile tile = kDotsTiles[Shape];
+  const int64_t stop = h + (end - h) / tile.heads * tile.heads;
+  if (h == stop) return h;
+  for (int64_t k = 0; k < keys; k += tile.keys)
+    for (int64_t g = h; g < stop; g += tile.heads)
+      // The first tile of these keys fetches.
+      dots_tile<V, tile.heads, tile.keys>(rows + k, q + g * dim, dim, out + g * kBlock + k,
+                                          g == 0 && next ? next + k : nullptr, tile.name);
+  return stop;
+}
+
 // out[head][0, keys) of q [heads][dim] and the first dim of each row. What follows in out, up to kBlock, is overwritten.
 // Every other row of `next`, where not null, is fetched into the second-level cache meanwhile.
 template <class V>
 void dots(const typename V::Scalar* const* rows, int64_t keys, const typename V::Scalar* q, int64_t heads, int64_t dim,
           typename V::Scalar* out, const typename V::Scalar* const* next) {
-  constexpr int64_t kGroup = GLM5_ISA_LEVEL == 2 ? 8
-                                                 : 6;  // heads whose q stays in the first-level cache while the keys pass
-  for (int64_t first = 0; first < heads; first += kGroup) {
-    const int64_t end = first + kGroup < heads ? first + kGroup : heads;
-    int64_t h = first;
-    // The first tile of these keys fetches.
-    const auto next_of = [&](int64_t k, int64_t head) { return head == 0 && next ? next + k : nullptr; };
-#if GLM5_ISA_LEVEL == 2
-    const int64_t fours = first + (end - first) / 4 * 4;
-    for (int64_t k = 0; k < keys && h < fours; k += 4)
-      for (int64_t g = h; g < fours; g += 4)
-        dots_tile<V, 4, 4>(rows + k, q + g * dim, dim, out + g * kBlock + k, next_of(k, g), "sparse_mla dots 4x4");
-    h = fours;
-    if (h + 2 <= end) {
-      for (int64_t k = 0; k < keys; k += 8)
-        dots_tile<V, 2, 8>(rows + k, q + h * dim, dim, out + h * kBlock + k, next_of(k, h), "sparse_mla dots 2x8");
-      h += 2;
-    }
-    if (h < end)
-      for (int64_t k = 0; k < keys; k += 16)
-        dots_tile<V, 1, 16>(rows + k, q + h * dim, dim, out + h * kBlock + k, next_of(k, h), "sparse_mla dots 1x16");
-#else
-    const int64_t threes = first + (end - first) / 3 * 3;
-    for (int64_t k = 0; k < keys && h < threes; k += 4)
-      for (int64_t g = h; g < threes; g += 3)
-        dots_tile<V, 3, 4>(rows + k, q + g * dim, dim, out + g * kBlock + k, next_of(k, g), "sparse_mla dots 3x4");
-    h = threes;
-    if (h + 2 <= end) {
-      for (int64_t k = 0; k < keys; k += 4)
-        dots_tile<V, 2, 4>(rows + k, q + h * dim, dim, out + h * kBlock + k, next_of(k, h), "sparse_mla dots 2x4");
-      h += 2;
-    }
-    if (h < end)
-      for (int64_t k = 0; k < keys; k += 8)
-        dots_tile<V, 1, 8>(rows + k, q + h * dim, dim, out + h * kBlock + k, next_of(k, h), "sparse_mla dots 1x8");
-#endif
+  for (int64_t h = 0; h < heads;) {
+    const int64_t end = h + kDotsGroup < heads ? h + kDotsGroup : heads;
+    h = dots_tiles<V, 0>(rows, keys, q, h, end, dim, out, next);
+    h = dots_tiles<V, 1>(rows, keys, q, h, end, dim, out, next);
+    h = dots_tiles<V, 2>(rows, keys, q, h, end, dim, out, next);
   }
 }
 
