@@ -13,6 +13,14 @@ from glm5.ops.linear import batched_linear, grouped_linear, linear
 from glm5.ops.mla_attention import mla_attention, mla_attn_target
 from glm5.ops.moe import moe_permute, moe_router, moe_unpermute
 from glm5.ops.norm import layer_norm, rms_norm
+from glm5.ops.quantize import (
+    dequantize_fp8,
+    dequantize_int4,
+    fake_quantize_int4,
+    quantize_fp8,
+    quantize_int4,
+    quantize_int8,
+)
 from glm5.ops.rope import rope
 from glm5.ops.silu_mul import silu_mul
 from glm5.ops.sparse_mla import sparse_mla, sparse_mla_attn_target
@@ -21,6 +29,9 @@ from glm5.ops.topk_indices import topk_indices
 
 __all__ = [
     "batched_linear",
+    "dequantize_fp8",
+    "dequantize_int4",
+    "fake_quantize_int4",
     "grouped_linear",
     "indexer_kl_loss",
     "layer_norm",
@@ -33,6 +44,9 @@ __all__ = [
     "moe_permute",
     "moe_router",
     "moe_unpermute",
+    "quantize_fp8",
+    "quantize_int4",
+    "quantize_int8",
     "rms_norm",
     "rope",
     "rotate_hadamard",

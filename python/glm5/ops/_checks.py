@@ -29,3 +29,17 @@ def want_integers(op: str, **arguments) -> None:
     for name, value in arguments.items():
         if not isinstance(value, int | torch.SymInt):
             raise TypeError(f"{op}: {name} is {type(value).__name__}, want int")
+
+
+def want_booleans(op: str, **arguments) -> None:
+    """Raises TypeError naming the first argument that is not True or False."""
+    for name, value in arguments.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: {name} is {type(value).__name__}, want bool")
+
+
+def want_dtype(op: str, **arguments) -> None:
+    """Raises TypeError naming the first argument that is not a torch.dtype."""
+    for name, value in arguments.items():
+        if not isinstance(value, torch.dtype):
+            raise TypeError(f"{op}: {name} is {type(value).__name__}, want torch.dtype")

@@ -12,9 +12,12 @@ import torch
 
 _DTYPES = {
     "float": (torch.bfloat16, torch.float32, torch.float64),
+    "bfloat16": (torch.bfloat16,),
     "float32": (torch.float32,),
     "float64": (torch.float64,),
     "e4m3": (torch.float8_e4m3fn,),
+    "uint8": (torch.uint8,),
+    "int8": (torch.int8,),
     "int32": (torch.int32,),
     "int64": (torch.int64,),
 }

@@ -10,6 +10,14 @@ from glm5.reference.linear import batched_linear, grouped_linear, linear
 from glm5.reference.mla_attention import mla_attention, mla_attn_target
 from glm5.reference.moe import moe_permute, moe_router, moe_unpermute
 from glm5.reference.norm import layer_norm, rms_norm
+from glm5.reference.quantize import (
+    dequantize_fp8,
+    dequantize_int4,
+    fake_quantize_int4,
+    quantize_fp8,
+    quantize_int4,
+    quantize_int8,
+)
 from glm5.reference.rope import rope
 from glm5.reference.silu_mul import silu_mul
 from glm5.reference.sparse_mla import sparse_mla, sparse_mla_attn_target
@@ -18,6 +26,9 @@ from glm5.reference.topk_indices import topk_indices
 
 __all__ = [
     "batched_linear",
+    "dequantize_fp8",
+    "dequantize_int4",
+    "fake_quantize_int4",
     "grouped_linear",
     "indexer_kl_loss",
     "layer_norm",
@@ -30,6 +41,9 @@ __all__ = [
     "moe_permute",
     "moe_router",
     "moe_unpermute",
+    "quantize_fp8",
+    "quantize_int4",
+    "quantize_int8",
     "rms_norm",
     "rope",
     "rotate_hadamard",

@@ -1,7 +1,7 @@
 """Quantisation to FP8, int8 and int4, as specified.
 
 Everything here is float32 arithmetic, one rounding an operation, whatever the input's dtype: codes and scales are equal on
-every backend, bit for bit. A NaN has one form: 0x7f in e4m3, the positive quiet NaN in float32. Where a ratio is NaN an
+every backend, bit for bit. A NaN has one form: 0x7f in e4m3, the positive quiet NaN in a float. Where a ratio is NaN an
 integer code is 0; the block's scale is NaN or inf then, so that the block comes back as NaN.
 """
 
@@ -27,7 +27,7 @@ def dequantize_fp8(
     q: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] = (1, 128), out_dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
     """q [..., M, K], scale [..., ceil(M/bm), ceil(K/bk)] -> q * scale [..., M, K], the float32 product rounded once."""
-    return _one_nan(q.float() * _spread(scale.float(), block, q.shape)).to(out_dtype)
+    return _one_nan((q.float() * _spread(scale.float(), block, q.shape)).to(out_dtype))
 
 
 def quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +73,7 @@ def dequantize_int4(
     groups = scale.shape[-1]
     codes = codes.unflatten(-1, (groups, codes.shape[-1] // max(groups, 1)))
     codes = (codes ^ 8) - 8 if zeros is None else codes - zeros[..., None].to(torch.int32)
-    return _one_nan(codes.float() * scale[..., None].float()).to(out_dtype).flatten(-2)
+    return _one_nan((codes.float() * scale[..., None].float()).to(out_dtype)).flatten(-2)
 
 
 def fake_quantize_int4(x: torch.Tensor, group_size: int = 128, symmetric: bool = True) -> torch.Tensor:

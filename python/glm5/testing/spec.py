@@ -182,8 +182,8 @@ def widened(arguments: dict) -> dict:
 
 
 def as_tuple(outputs) -> tuple:
-    """An op's outputs as a tuple."""
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    """An op's outputs as a tuple, without those that are None."""
+    return tuple(o for o in outputs if o is not None) if isinstance(outputs, tuple) else (outputs,)
 
 
 def complaints(op: OpSpec, impl: Callable, arguments: dict, dtype: torch.dtype) -> list[str]:

@@ -1,0 +1,115 @@
+"""Specs of the quantize family. Codes, scales and values are those of the reference, bit for bit."""
+
+import importlib
+
+import torch
+
+from glm5.testing.spec import OpSpec, as_tuple, register
+
+SPECIAL = (0.0, -0.0, float("nan"), float("inf"), float("-inf"), 1e-45, -1e-40, 3e38, 1e-4, -1e-4, 2.0**-20)
+
+
+def same_bits_as_reference(name: str):
+    """A ``compare`` of OpSpec that wants each output to have the reference's bytes."""
+
+    def compare(got, want, arguments, dtype):
+        want = as_tuple(getattr(importlib.import_module("glm5.reference"), name)(**arguments))
+        return [complaint for i, (g, w) in enumerate(zip(got, want, strict=True)) if (complaint := _difference(i, g, w))]
+
+    return compare
+
+
+def _difference(index, got, want):
+    if (got.dtype, got.shape) != (want.dtype, want.shape):
+        return f"output {index} is {got.dtype} {[*got.shape]}, want {want.dtype} {[*want.shape]}"
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[want.element_size()]
+    differ = (got.detach().contiguous().view(width) != want.detach().contiguous().view(width)).flatten().nonzero()
+    if differ.numel():
+        at = int(differ[0])
+        values = [t.detach().contiguous().flatten()[at].item() for t in (got, want)]
+        return f"output {index}: {differ.numel()} of {want.numel()} differ, element {at} is {values[0]}, want {values[1]}"
+    return None
+
+
+def draw_values(draw, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers of many scales, whole rows of zeros among them, and sometimes a few of SPECIAL."""
+    x = draw.tensor(*shape, dtype=torch.float32, scale=draw.choice([1.0, 1e-6, 300.0, 1e20]))
+    if draw.integer(0, 2) == 0 and x.numel():
+        for _ in range(draw.integer(1, 4)):
+            x.view(-1)[draw.integer(0, x.numel() - 1)] = draw.choice(SPECIAL)
+    if draw.integer(0, 3) == 0 and x.numel():
+        x[..., draw.integer(0, shape[-2] - 1), :] = draw.choice([0.0, -0.0, 5e-5, 448.0])
+    return x.to(dtype)
+
+
+def draw_shape(draw, columns) -> tuple[int, ...]:
+    """[M, K] or [B, M, K]."""
+    batch = draw.choice([(), (), (1,), (2,), (0,), (2, 2)])
+    return *batch, draw.choice([0, 1, 2, 5, 33, 130, 257]), draw.choice(columns)
+
+
+# Blocks of 128, whole, cut off, next to none.
+_COLUMNS = [0, 1, 3, 16, 31, 127, 128, 129, 384, 500, 1024 + 128, 1024 + 130]
+_BLOCKS = [(1, 128), (128, 128)]
+
+
+def _draw_quantize_fp8(draw, dtype):
+    return {
+        "x": draw_values(draw, *draw_shape(draw, _COLUMNS), dtype=dtype),
+        "block": draw.choice(_BLOCKS),
+        "power_of_two": draw.choice([False, True]),
+    }
+
+
+def _draw_dequantize_fp8(draw, dtype):
+    shape, block = draw_shape(draw, _COLUMNS), draw.choice(_BLOCKS)
+    generator = torch.Generator().manual_seed(draw.integer(0, 2**31 - 1))
+    codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    scale = draw_values(draw, *shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]), dtype=torch.float32)
+    return {"q": codes.view(torch.float8_e4m3fn), "scale": scale, "block": block, "out_dtype": dtype}
+
+
+def _draw_quantize_int8(draw, dtype):
+    return {"x": draw_values(draw, *draw_shape(draw, _COLUMNS), dtype=dtype)}
+
+
+def _draw_groups(draw):
+    group_size = draw.choice([32, 64, 128, -1])
+    return group_size, [0, 128, 256, 1152] if group_size != -1 else [0, 2, 14, 16, 38, 130, 1154]
+
+
+def _draw_quantize_int4(name):
+    def draw_arguments(draw, dtype):
+        group_size, columns = _draw_groups(draw)
+        return {
+            name: draw_values(draw, *draw_shape(draw, columns), dtype=dtype),
+            "group_size": group_size,
+            "symmetric": draw.choice([True, False]),
+        }
+
+    return draw_arguments
+
+
+def _draw_dequantize_int4(draw, dtype):
+    groups, size = draw.choice([1, 2, 3, 9]), draw.choice([2, 14, 16, 32, 38, 128])
+    shape = draw_shape(draw, [groups * size])
+    generator = torch.Generator().manual_seed(draw.integer(0, 2**31 - 1))
+    packed = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (*shape[:-1], groups), generator=generator, dtype=torch.uint8)
+    return {
+        "packed": packed,
+        "scale": draw_values(draw, *shape[:-1], groups, dtype=torch.float32),
+        "zeros": draw.choice([None, zeros]),
+        "out_dtype": dtype,
+    }
+
+
+for _name, _draw, _differentiable in (
+    ("quantize_fp8", _draw_quantize_fp8, ()),
+    ("dequantize_fp8", _draw_dequantize_fp8, ()),
+    ("quantize_int8", _draw_quantize_int8, ()),
+    ("quantize_int4", _draw_quantize_int4("w"), ()),
+    ("dequantize_int4", _draw_dequantize_int4, ()),
+    ("fake_quantize_int4", _draw_quantize_int4("x"), ("x",)),
+):
+    register(OpSpec(_name, _draw, _differentiable, compare=same_bits_as_reference(_name)))
