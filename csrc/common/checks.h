@@ -2,6 +2,10 @@
 // message names the op, the argument, what it got and what it wants. Only binding.cpp files include this.
 #pragma once
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -81,10 +85,26 @@ inline Dtype float_dtype(const char* op, const char* name, const Tensor& t) {
 // nothing to do.
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+// Asks for large pages where malloc gave the tensor pages of its own (from 32 MiB on it always does), all of them still to
+// be put in place by their first use: 512 times fewer faults, a third of the time that small pages take.
+inline void advise_large_pages(const Tensor& t) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
+  if (bytes < 16 * kPage) return;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  const uintptr_t first = (start + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), (start + bytes) / kPage * kPage - first, MADV_HUGEPAGE);
+#endif
+}
+
 // A new contiguous CPU tensor.
 inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   try {
-    return torch::stable::empty(sizes, dtype, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    const Tensor t = torch::stable::empty(sizes, dtype, std::nullopt,
+                                          torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    advise_large_pages(t);
+    return t;
   } catch (const std::runtime_error&) {  // says only that torch's allocator failed
     size_t bytes = dtype == ScalarType::Double || dtype == ScalarType::Long ? 8 : dtype == ScalarType::BFloat16 ? 2 : 4;
     for (const int64_t size : sizes)
