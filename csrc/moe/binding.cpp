@@ -159,6 +159,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_permute(const Tensor& x_in, const
   return {xp, row_of_slot, slot_of_row, group_ends};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> moe_dispatch_layout(const Tensor& ids_in, int64_t num_experts, int64_t num_ranks,
+                                                               int64_t ranks_per_node) {
+  const char* op = "moe_dispatch_layout";
+  const Tensor ids = as_contiguous(ids_in);
+  if (num_experts < 1) fail(op, ": num_experts is ", num_experts, ", want at least 1");
+  if (num_ranks < 1 || num_experts % num_ranks)
+    fail(op, ": num_ranks is ", num_ranks, ", want a divisor of the ", num_experts, " experts");
+  if (ranks_per_node < 1 || num_ranks % ranks_per_node)
+    fail(op, ": ranks_per_node is ", ranks_per_node, ", want a divisor of the ", num_ranks, " ranks");
+  check_ids(op, "ids", ids, num_experts);
+  if (ids.numel() > std::numeric_limits<int32_t>::max())
+    fail(op, ": ids has shape ", shape_of(ids), ", want below 2^31 choices");
+  Tensor per_rank = empty_cpu({num_ranks}, ScalarType::Int);
+  Tensor per_node = empty_cpu({num_ranks / ranks_per_node}, ScalarType::Int);
+  Tensor per_expert = empty_cpu({num_experts}, ScalarType::Int);
+  Tensor in_rank = empty_cpu({ids.size(0), num_ranks}, ScalarType::Bool);
+  MoeDispatchLayoutArgs args{};
+  args.tokens = ids.size(0);
+  args.topk = ids.size(1);
+  args.experts = num_experts;
+  args.ranks = num_ranks;
+  args.ranks_per_node = ranks_per_node;
+  args.ids = ints(ids);
+  args.tokens_per_rank = mutable_ints(per_rank);
+  args.tokens_per_node = mutable_ints(per_node);
+  args.tokens_per_expert = mutable_ints(per_expert);
+  args.is_token_in_rank = static_cast<bool*>(in_rank.mutable_data_ptr());
+  GLM5_CALL_KERNEL(false, moe_dispatch_layout, args);
+  return {per_rank, per_node, per_expert, in_rank};
+}
+
 MoeCombineArgs combine_args(const char* op, const char* rows_name, const Tensor& rows, const Tensor& slots) {
   check_cpu(op, rows_name, rows);
   MoeCombineArgs args{};
@@ -235,6 +266,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
   m.def(
       "moe_permute(Tensor x, Tensor ids, int num_experts) -> "
       "(Tensor xp, Tensor row_of_slot, Tensor slot_of_row, Tensor group_ends)");
+  m.def(
+      "moe_dispatch_layout(Tensor ids, int num_experts, int num_ranks, int ranks_per_node) -> "
+      "(Tensor tokens_per_rank, Tensor tokens_per_node, Tensor tokens_per_expert, Tensor is_token_in_rank)");
   m.def("moe_permute_backward(Tensor dxp, Tensor slot_of_row) -> Tensor");
   m.def("moe_unpermute(Tensor y, Tensor slot_of_row, Tensor weights) -> Tensor");
   m.def(
@@ -246,6 +280,7 @@ STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) {
   GLM5_IMPL(m, moe_router);
   GLM5_IMPL(m, moe_router_backward);
   GLM5_IMPL(m, moe_permute);
+  GLM5_IMPL(m, moe_dispatch_layout);
   GLM5_IMPL(m, moe_permute_backward);
   GLM5_IMPL(m, moe_unpermute);
   GLM5_IMPL(m, moe_unpermute_backward);

@@ -32,6 +32,16 @@ struct MoePermuteArgs {
   int32_t* group_ends;       // [experts]: one past the last slot of each expert
 };
 
+// What a dispatch sends where: experts lie evenly on ranks in order, ranks on nodes in order.
+struct MoeDispatchLayoutArgs {
+  int64_t tokens, topk, experts, ranks, ranks_per_node;  // ranks divides experts, ranks_per_node divides ranks
+  const int32_t* ids;        // [tokens, topk], each in [0, experts) or -1
+  int32_t* tokens_per_rank;    // [ranks]: a token counts once for each rank that it goes to
+  int32_t* tokens_per_node;    // [ranks / ranks_per_node]: and once for each node
+  int32_t* tokens_per_expert;  // [experts]
+  bool* is_token_in_rank;    // [tokens, ranks]
+};
+
 // Sums rows back to tokens, in ascending slot order, which is expert order.
 struct MoeCombineArgs {
   int dtype;                 // Dtype of y, out, dout, dy; weights are float, or double where y is
@@ -49,5 +59,6 @@ struct MoeCombineArgs {
 
 GLM5_DECLARE_KERNEL(void moe_router_forward(const MoeRouterArgs& args); void moe_router_backward(const MoeRouterArgs& args))
 GLM5_DECLARE_KERNEL(void moe_permute(const MoePermuteArgs& args))
+GLM5_DECLARE_KERNEL(void moe_dispatch_layout(const MoeDispatchLayoutArgs& args))
 GLM5_DECLARE_KERNEL(void moe_combine_forward(const MoeCombineArgs& args);
                     void moe_combine_backward(const MoeCombineArgs& args))

@@ -10,6 +10,7 @@ from glm5.testing import RandomDraw, spec
 from tests.ops import properties
 
 ROUTER, PERMUTE, UNPERMUTE = spec("moe_router"), spec("moe_permute"), spec("moe_unpermute")
+LAYOUT = spec("moe_dispatch_layout")
 MOVERS = pytest.mark.parametrize("op", [PERMUTE, UNPERMUTE], ids=lambda op: op.name)
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "float32"])
 
@@ -206,6 +207,21 @@ def test_a_token_comes_back_the_same_from_any_batch(isa, dtype):
     assert properties.same_bits(whole, layer(x, ids.flip(1), weights.flip(1)))
 
 
+def test_large_copies_go_past_the_caches(isa):
+    """From 32 MiB on, of rows that begin and end anywhere in a vector, with slots left over."""
+    for dtype, dim, tokens, paths in (
+        (torch.bfloat16, 3001, 1500, {"moe_permute.streamed"}),
+        (torch.float32, 5, 2_100_000 // 5, {"moe_permute.streamed"}),
+        (torch.bfloat16, 3001, 100, {"moe_permute.copied"}),
+    ):
+        x, ids = torch.randn(tokens, dim).to(dtype), torch.randint(-1, 6, (tokens, 4), dtype=torch.int32)
+        with _native.counted_paths() as counts:
+            xp, rows, *_ = ops.moe_permute(x, ids, 6)
+        assert {p for p in counts if p.startswith("moe_permute.")} == paths
+        used = rows >= 0
+        assert torch.equal(xp[used], x[rows[used].long()]) and not xp[~used].any()
+
+
 def test_movers_opcheck_compile_export():
     x, ids = torch.randn(6, 16), torch.randint(4, (6, 2), dtype=torch.int32)
     properties.assert_opcheck(PERMUTE, (x.clone().requires_grad_(), ids, 4))
@@ -290,3 +306,73 @@ def test_router_backward_refuses_an_expert_chosen_twice():
         True,
         1.0,
     )
+
+
+class TestDispatchLayout:
+    def test_keeps_its_promise(self, isa):
+        given(st.data())(lambda data: properties.assert_keeps_promise(LAYOUT, data, torch.float32))()
+
+    def test_is_that_of_a_loop(self, isa):
+        """Token by token, with sets."""
+        for seed in range(20):
+            arguments = LAYOUT.draw(RandomDraw(seed), torch.float32)
+            ids, experts, ranks, ranks_per_node = arguments.values()
+            on_rank = [{e // (experts // ranks) for e in row if e >= 0} for row in ids.tolist()]
+            on_node = [{r // ranks_per_node for r in row} for row in on_rank]
+            per_rank, per_node, per_expert, in_rank = ops.moe_dispatch_layout(**arguments)
+            assert per_rank.tolist() == [sum(r in row for row in on_rank) for r in range(ranks)]
+            assert per_node.tolist() == [sum(n in row for row in on_node) for n in range(ranks // ranks_per_node)]
+            assert per_expert.tolist() == [ids.eq(e).sum() for e in range(experts)]
+            assert in_rank.dtype == torch.bool and in_rank.shape == (len(ids), ranks)
+            assert [set(row.nonzero().flatten().tolist()) for row in in_rank] == on_rank
+
+    def test_a_token_counts_once_for_a_rank_and_once_for_a_node(self, isa):
+        # Four ranks of two experts, two to a node: 0 and 1 share a rank, 0 and 2 a node, 0 and 4 nothing; 5 is chosen twice.
+        ids = torch.tensor([[0, 1], [0, 2], [0, 4], [5, 5], [-1, -1]], dtype=torch.int32)
+        per_rank, per_node, per_expert, in_rank = ops.moe_dispatch_layout(ids, 8, 4, 2)
+        assert per_rank.tolist() == [3, 1, 2, 0] and per_node.tolist() == [3, 2]
+        assert per_expert.tolist() == [3, 1, 1, 0, 1, 2, 0, 0]
+        assert in_rank.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 0], [0] * 4]
+
+    def test_its_counts_are_the_sizes_of_the_permuted_groups(self, isa):
+        ids = torch.randint(-1, 16, (70, 4), dtype=torch.int32)
+        ends = ops.moe_permute(torch.randn(70, 3), ids, 16)[3]
+        assert torch.equal(ops.moe_dispatch_layout(ids, 16, 4, 2)[2], ends.diff(prepend=ends.new_zeros(1)))
+
+    def test_of_any_layout_and_of_nothing(self, isa):
+        ids = torch.randint(-1, 8, (6, 9), dtype=torch.int32)
+        for view in (ids.T, ids[:, ::2], ids[1:, 1:], ids[:1].expand(5, 9), ids[:0], ids[:, :0]):
+            for got, want in zip(
+                ops.moe_dispatch_layout(view, 8, 4, 2), ops.moe_dispatch_layout(view.clone(), 8, 4, 2), strict=True
+            ):
+                assert torch.equal(got, want)
+        per_rank, per_node, per_expert, in_rank = ops.moe_dispatch_layout(ids[:0], 8, 4, 2)
+        assert not per_rank.any() and not per_node.any() and not per_expert.any() and in_rank.shape == (0, 4)
+
+    def test_opcheck_compile_export(self):
+        arguments = {"ids": torch.randint(-1, 8, (6, 2), dtype=torch.int32)}
+        rest = {"num_experts": 8, "num_ranks": 4, "ranks_per_node": 2}
+        properties.assert_opcheck(LAYOUT, (arguments["ids"], 8, 4, 2))
+        more = {"ids": torch.randint(-1, 8, (11, 2), dtype=torch.int32)}
+        properties.assert_compiles(LAYOUT, {**arguments, **rest}, {**more, **rest})
+        properties.assert_exports(LAYOUT, {**arguments, **rest}, {"ids": {0: torch.export.Dim("tokens")}})
+
+    @pytest.mark.parametrize(
+        "arguments, error, words",
+        [
+            ((IDS, 2, 1, 1), ValueError, r"ids\[1, 1\] is 2, want 0 <= id < 2"),
+            ((IDS - 2, 3, 1, 1), ValueError, r"ids\[0, 0\] is -2"),
+            ((IDS.long(), 3, 1, 1), ValueError, "ids has dtype"),
+            ((IDS[0], 3, 1, 1), ValueError, "ids has shape"),
+            ((IDS, 0, 1, 1), ValueError, "num_experts is 0, want at least 1"),
+            ((IDS, 8, 0, 1), ValueError, "num_ranks is 0, want a divisor of the 8 experts"),
+            ((IDS, 8, 3, 1), ValueError, "num_ranks is 3, want a divisor of the 8 experts"),
+            ((IDS, 8, 16, 1), ValueError, "num_ranks is 16, want a divisor of the 8 experts"),
+            ((IDS, 8, 4, 0), ValueError, "ranks_per_node is 0, want a divisor of the 4 ranks"),
+            ((IDS, 8, 4, 3), ValueError, "ranks_per_node is 3, want a divisor of the 4 ranks"),
+            ((IDS, 8, 4.0, 1), TypeError, "num_ranks is float"),
+            (([[0]], 8, 4, 1), TypeError, "ids is list"),
+        ],
+    )
+    def test_bad_input(self, arguments, error, words):
+        properties.assert_refused(error, words, ops.moe_dispatch_layout, *arguments)

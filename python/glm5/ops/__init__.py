@@ -11,7 +11,7 @@ from glm5.ops.indexer_kl import indexer_kl_loss, lightning_indexer_kl
 from glm5.ops.lightning_indexer import lightning_indexer_logits, lightning_indexer_topk
 from glm5.ops.linear import batched_linear, grouped_linear, linear
 from glm5.ops.mla_attention import mla_attention, mla_attn_target
-from glm5.ops.moe import moe_permute, moe_router, moe_unpermute
+from glm5.ops.moe import moe_dispatch_layout, moe_permute, moe_router, moe_unpermute
 from glm5.ops.norm import layer_norm, rms_norm
 from glm5.ops.quantize import (
     dequantize_fp8,
@@ -41,6 +41,7 @@ __all__ = [
     "linear",
     "mla_attention",
     "mla_attn_target",
+    "moe_dispatch_layout",
     "moe_permute",
     "moe_router",
     "moe_unpermute",

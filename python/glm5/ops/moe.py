@@ -7,11 +7,12 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_integers, want_tensors
-from glm5.ops._register import compiled, differentiable_once, fake, want_that
+from glm5.ops._register import compiled, differentiable_once, fake, not_differentiable, want_that
 
 _moe_router = compiled("moe_router")
 _moe_permute = compiled("moe_permute")
 _moe_unpermute = compiled("moe_unpermute")
+_moe_dispatch_layout = compiled("moe_dispatch_layout")
 
 
 def moe_router(
@@ -186,3 +187,51 @@ def _unpermute_backward(ctx, dout):
 
 torch.library.register_autograd("glm5::moe_unpermute", _unpermute_backward, setup_context=_unpermute_setup_context)
 differentiable_once("moe_unpermute_backward")
+
+
+def moe_dispatch_layout(
+    ids: torch.Tensor, num_experts: int, num_ranks: int, ranks_per_node: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What an expert all-to-all sends where (DeepEP's ``get_dispatch_layout``): to a node, and to a rank, a token goes once.
+
+    Experts lie on ranks evenly and in order, ranks on nodes: expert e on rank ``e // (num_experts // num_ranks)``, rank r on
+    node ``r // ranks_per_node``.
+
+    Args:
+        ids: [T, topk] int32 in [0, num_experts), in any order; -1 is no choice.
+        num_experts: E.
+        num_ranks: R; divides E.
+        ranks_per_node: divides R.
+
+    Returns:
+        tokens_per_rank [R], tokens with at least one expert on the rank; tokens_per_node [R // ranks_per_node], the same for
+        the node; tokens_per_expert [E], choices of the expert, the sizes of ``moe_permute``'s groups; all int32; and
+        is_token_in_rank [T, R] bool. No gradient.
+
+    Raises:
+        TypeError: ids is not a tensor, num_experts, num_ranks or ranks_per_node not an integer.
+        ValueError: wrong dtype or shape, an id outside [-1, E), num_ranks does not divide E, ranks_per_node does not divide
+            num_ranks, 2^31 choices or more, a tensor not on the CPU.
+    """
+    want_tensors("moe_dispatch_layout", ids=ids)
+    want_integers("moe_dispatch_layout", num_experts=num_experts, num_ranks=num_ranks, ranks_per_node=ranks_per_node)
+    return _moe_dispatch_layout(ids, num_experts, num_ranks, ranks_per_node)
+
+
+@fake("moe_dispatch_layout", ids="int32 [T, topk]")
+def _(ids, num_experts, num_ranks, ranks_per_node):
+    op = "moe_dispatch_layout"
+    want_that(num_experts >= 1, op, "num_experts is", num_experts, "at least 1")
+    for name, part, of, whole in (
+        ("num_ranks", num_ranks, num_experts, "experts"),
+        ("ranks_per_node", ranks_per_node, num_ranks, "ranks"),
+    ):
+        divides = f"a divisor of the {of} {whole}"
+        want_that(part >= 1, op, f"{name} is", part, divides)
+        want_that(of % part == 0, op, f"{name} is", part, divides)
+    counts = (num_ranks, num_ranks // ranks_per_node, num_experts)
+    in_rank = ids.new_empty(ids.shape[0], num_ranks, dtype=torch.bool)
+    return *(ids.new_empty(count) for count in counts), in_rank
+
+
+not_differentiable("moe_dispatch_layout")

@@ -8,7 +8,7 @@ from glm5.reference.indexer_kl import indexer_kl_loss, lightning_indexer_kl
 from glm5.reference.lightning_indexer import lightning_indexer_logits, lightning_indexer_topk
 from glm5.reference.linear import batched_linear, grouped_linear, linear
 from glm5.reference.mla_attention import mla_attention, mla_attn_target
-from glm5.reference.moe import moe_permute, moe_router, moe_unpermute
+from glm5.reference.moe import moe_dispatch_layout, moe_permute, moe_router, moe_unpermute
 from glm5.reference.norm import layer_norm, rms_norm
 from glm5.reference.quantize import (
     dequantize_fp8,
@@ -38,6 +38,7 @@ __all__ = [
     "linear",
     "mla_attention",
     "mla_attn_target",
+    "moe_dispatch_layout",
     "moe_permute",
     "moe_router",
     "moe_unpermute",

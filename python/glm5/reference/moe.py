@@ -79,3 +79,19 @@ def moe_unpermute(y: torch.Tensor, slot_of_row: torch.Tensor, weights: torch.Ten
     slots = slot_of_row.long().clamp(min=0)
     terms = (weights[..., None] * y_wide[slots]).masked_fill((slot_of_row < 0)[..., None], 0)
     return terms.sum(1).to(y.dtype)
+
+
+def moe_dispatch_layout(
+    ids: torch.Tensor, num_experts: int, num_ranks: int, ranks_per_node: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids [T, topk] int32 -> what goes to every rank, node and expert, a token counting once for a rank and once for a node.
+
+    Expert e lies on rank e // (num_experts // num_ranks), rank r on node r // ranks_per_node; a choice of -1 goes nowhere.
+    Returns tokens_per_rank [R], tokens_per_node [R // ranks_per_node], tokens_per_expert [E] (choices), all int32, and
+    is_token_in_rank [T, R] bool.
+    """
+    choices = ids[..., None] == torch.arange(num_experts, device=ids.device)
+    in_rank = choices.any(1).unflatten(1, (num_ranks, -1)).any(-1)
+    in_node = in_rank.unflatten(1, (-1, ranks_per_node)).any(-1)
+    counts = (in_rank.sum(0), in_node.sum(0), choices.sum((0, 1)))
+    return *(count.to(torch.int32) for count in counts), in_rank

@@ -94,3 +94,29 @@ register(
         outputs=("rows",),
     )
 )
+
+
+def _draw_moe_dispatch_layout(draw, dtype):
+    tokens, topk = draw.integer(0, 50), draw.choice([1, 2, 8])
+    ranks_per_node, nodes, experts_a_rank = draw.choice([1, 2, 3, 8]), draw.choice([1, 2, 4]), draw.choice([1, 2, 5])
+    ranks = ranks_per_node * nodes
+    experts = ranks * experts_a_rank
+    distinct = topk <= experts and draw.choice([True, False])
+    return {
+        "ids": _ids(draw, tokens, topk, experts, distinct, draw.choice([True, False])),
+        "num_experts": experts,
+        "num_ranks": ranks,
+        "ranks_per_node": ranks_per_node,
+    }
+
+
+register(
+    OpSpec(
+        "moe_dispatch_layout",
+        _draw_moe_dispatch_layout,
+        dtypes=(torch.float32,),  # there is no float in it
+        bitwise=True,
+        rows=("ids",),
+        outputs=("other", "other", "other", "rows"),
+    )
+)
