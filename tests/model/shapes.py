@@ -7,29 +7,30 @@ from glm5 import Glm5Config, Glm5ForCausalLM
 FORMS = ("dense", "sparse")
 
 
+# One dense and two MoE layers, odd enough to hit kernel tails; selects 16 keys.
+SMALL = dict(
+    vocab_size=96,
+    hidden_size=48,
+    intermediate_size=80,
+    moe_intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    num_key_value_heads=3,
+    q_lora_rank=32,
+    kv_lora_rank=40,
+    qk_nope_head_dim=24,
+    qk_rope_head_dim=16,
+    v_head_dim=24,
+    index_n_heads=3,
+    index_head_dim=32,
+    index_topk=16,
+    n_routed_experts=6,
+    max_position_embeddings=2048,
+)
+
+
 def config(**changes) -> Glm5Config:
-    """One dense and two MoE layers, odd enough to hit kernel tails; selects 16 keys."""
-    small = dict(
-        vocab_size=96,
-        hidden_size=48,
-        intermediate_size=80,
-        moe_intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        q_lora_rank=32,
-        kv_lora_rank=40,
-        qk_nope_head_dim=24,
-        qk_rope_head_dim=16,
-        v_head_dim=24,
-        index_n_heads=3,
-        index_head_dim=32,
-        index_topk=16,
-        n_routed_experts=6,
-        max_position_embeddings=2048,
-        initializer_range=0.15,
-    )
-    return Glm5Config.preset("tiny", **(small | changes))
+    return Glm5Config.preset("tiny", **(SMALL | {"initializer_range": 0.15} | changes))
 
 
 def model(form: str = "dense", dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> Glm5ForCausalLM:

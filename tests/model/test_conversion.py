@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from glm5 import Glm5ForCausalLM
 from glm5.model.conversion import convert_checkpoint
-from tests.model.test_pretrained import (
+from tests.model.checkpoints import (
     FP8_SHAPES,
     assert_same,
     change_tensors,

@@ -7,27 +7,14 @@ import torch
 from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
 
 from glm5 import Glm5ForCausalLM
+from tests.model import shapes
 
-SMALL = dict(
-    vocab_size=96,
-    hidden_size=48,
-    intermediate_size=80,
-    moe_intermediate_size=40,
-    num_hidden_layers=3,
-    first_k_dense_replace=1,
-    num_attention_heads=3,
-    num_key_value_heads=3,
-    q_lora_rank=32,
-    kv_lora_rank=40,
-    qk_nope_head_dim=24,
-    qk_rope_head_dim=16,
+SMALL = shapes.SMALL | dict(
     v_head_dim=28,
     index_n_heads=8,
     index_head_dim=40,
-    index_topk=16,
-    n_routed_experts=6,
     num_experts_per_tok=2,
-    max_position_embeddings=2048,
+    first_k_dense_replace=1,
     rope_parameters={"rope_theta": 1e4, "rope_type": "default"},
     pad_token_id=None,
     eos_token_id=None,
