@@ -18,13 +18,17 @@ from glm5.cli.progress import Bar
 from glm5.data import ByteTokenizer
 
 
+def write_model(folder: Path, layers: int) -> Path:
+    """A small model of bytes in a Hugging Face directory."""
+    model = Glm5ForCausalLM(Glm5Config.preset("tiny", num_hidden_layers=layers), seed=1)
+    model.extra_config["glm5_tokenizer"] = "bytes"
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A small model of bytes in a Hugging Face directory."""
-    model = Glm5ForCausalLM(Glm5Config.preset("tiny", num_hidden_layers=2), seed=1)
-    model.extra_config["glm5_tokenizer"] = "bytes"
-    model.save_pretrained(tmp_path / "hf")
-    return tmp_path / "hf"
+    return write_model(tmp_path / "hf", 2)
 
 
 def test_every_form_generates_and_what_is_exact_generates_the_same(folder, tmp_path, capsys):
@@ -80,18 +84,27 @@ def test_mistakes_end_in_one_line(folder, capsys, arguments, words):
     assert words.replace("HF", str(folder)) in told.err and told.err.count("\n") == 1 and told.out == ""
 
 
-def test_a_killed_convert_does_its_work_when_it_is_run_again(folder, tmp_path):
-    target = tmp_path / "out"
-    command = [sys.executable, "-m", "glm5.cli", "convert", str(folder), str(target), "--max-shard-gb", "1e-4"]
+def killed_while_writing(command: list[str], target: Path) -> bool:
+    """Runs ``command`` and kills it once a temporary file is in ``target``; whether it was still at work then."""
     child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)})
     deadline = time.monotonic() + 60
     while not list(target.glob(".tmp-*")) and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     child.send_signal(signal.SIGKILL)
-    child.wait()
+    return child.wait() == -signal.SIGKILL and bool(list(target.glob(".tmp-*")))
+
+
+def test_a_killed_convert_does_its_work_when_it_is_run_again(tmp_path):
+    for layers in (2, 8, 32):  # a longer work where the kill came too late
+        source, target = write_model(tmp_path / f"hf {layers}", layers), tmp_path / f"out {layers}"
+        command = [sys.executable, "-m", "glm5.cli", "convert", str(source), str(target), "--max-shard-gb", "1e-4"]
+        if killed_while_writing(command, target):
+            break
+    else:
+        pytest.fail("every convert ended before it was killed, or left no temporary file")
     assert main(command[3:]) == 0
     assert not list(target.glob(".tmp-*"))
-    want, got = (Glm5ForCausalLM.from_pretrained(place).state_dict() for place in (folder, target))
+    want, got = (Glm5ForCausalLM.from_pretrained(place).state_dict() for place in (source, target))
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
