@@ -55,7 +55,8 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(const Tensor& hidden_in, const
   const ScalarType type = accumulator(args.dtype);
   Tensor logp = empty_cpu({args.tokens}, type), entropy = empty_cpu({args.tokens}, type);
   Tensor lse = empty_cpu({args.tokens}, type);
-  Tensor partial = empty_cpu({args.tokens, (args.vocab + kVocabBlock - 1) / kVocabBlock, 3}, type);
+  const int64_t chunk = args.tokens < kForwardChunk ? args.tokens : kForwardChunk;
+  Tensor partial = empty_cpu({chunk, (args.vocab + kVocabBlock - 1) / kVocabBlock, 3}, type);
   args.logp = logp.mutable_data_ptr();
   args.entropy = entropy.mutable_data_ptr();
   args.lse = lse.mutable_data_ptr();

@@ -72,28 +72,29 @@ void reduce_block(const S* z, int64_t cols, S* out) {
   out[2] = sum(moment);
 }
 
+// Tokens [first, first + tokens), at most kForwardChunk.
 template <class T>
-void forward(const TokenLogprobsArgs& a) {
+void forward_chunk(const TokenLogprobsArgs& a, int64_t first, int64_t tokens) {
   using V = Vector<T>;
   using S = Acc<T>;
-  const int64_t token_blocks = blocks_of(a.tokens, kTokenBlock), vocab_blocks = blocks_of(a.vocab, kVocabBlock);
+  const int64_t token_blocks = blocks_of(tokens, kTokenBlock), vocab_blocks = blocks_of(a.vocab, kVocabBlock);
   S* partial = static_cast<S*>(a.partial);
-  S* logp = static_cast<S*>(a.logp);
+  S* logp = static_cast<S*>(a.logp) + first;
   // Token blocks run fastest, so that a block of lm_head is read from memory once.
   parallel_tasks(token_blocks * vocab_blocks, [&](int64_t task) {
     const int64_t vocab_block = task / token_blocks, t0 = task % token_blocks * kTokenBlock;
     const int64_t v0 = vocab_block * kVocabBlock;
-    const int64_t rows = at_most(kTokenBlock, a.tokens - t0), cols = at_most(kVocabBlock, a.vocab - v0);
-    const S* z = scaled_logits<T>(a, t0, rows, v0, cols);
+    const int64_t rows = at_most(kTokenBlock, tokens - t0), cols = at_most(kVocabBlock, a.vocab - v0);
+    const S* z = scaled_logits<T>(a, first + t0, rows, v0, cols);
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t t = t0 + r, target = a.targets[t];
+      const int64_t t = t0 + r, target = a.targets[first + t];
       reduce_block<V>(z + r * kVocabBlock, cols, partial + (t * vocab_blocks + vocab_block) * 3);
       if (target >= v0 && target < v0 + cols) logp[t] = z[r * kVocabBlock + target - v0];  // less lse, below
     }
   });
 
-  parallel_tasks(blocks_of(a.tokens, kTokenBlock), [&](int64_t task) {
-    for (int64_t t = task * kTokenBlock; t < at_most(a.tokens, (task + 1) * kTokenBlock); ++t) {
+  parallel_tasks(token_blocks, [&](int64_t task) {
+    for (int64_t t = task * kTokenBlock; t < at_most(tokens, (task + 1) * kTokenBlock); ++t) {
       const S* blocks = partial + t * vocab_blocks * 3;
       double top = kLowest<double>, total = 0, moment = 0;
       for (int64_t b = 0; b < vocab_blocks; ++b) top = top > blocks[3 * b] ? top : blocks[3 * b];
@@ -105,11 +106,16 @@ void forward(const TokenLogprobsArgs& a) {
         if (scale > 0) moment += scale * (block[2] + shift * block[1]);
       }
       const double log_total = ::log(total);
-      static_cast<S*>(a.lse)[t] = static_cast<S>(top + log_total);
+      static_cast<S*>(a.lse)[first + t] = static_cast<S>(top + log_total);
       logp[t] = static_cast<S>(logp[t] - top - log_total);
-      static_cast<S*>(a.entropy)[t] = static_cast<S>(log_total - moment / total);
+      static_cast<S*>(a.entropy)[first + t] = static_cast<S>(log_total - moment / total);
     }
   });
+}
+
+template <class T>
+void forward(const TokenLogprobsArgs& a) {
+  for (int64_t t = 0; t < a.tokens; t += kForwardChunk) forward_chunk<T>(a, t, at_most(kForwardChunk, a.tokens - t));
 }
 
 // dz = dlogp (1[target] - p) - dentropy p (log p + entropy), and dlogits = dz / temperature.

@@ -22,18 +22,20 @@ struct TokenLogprobsArgs {
   void* logp;                // [tokens]                                     forward
   void* entropy;             // [tokens]                                     forward: written; backward: read
   void* lse;                 // [tokens]                                     forward: written; backward: read
-  void* partial;             // [tokens, vocab blocks, 3]                    forward: max, sum of e^(z-max), of (z-max) e^
-  const void* dlogp;         // [tokens]                                     backward
-  const void* dentropy;      // [tokens]                                     backward
-  void* dhidden;             // [tokens, dim] or null                        backward
-  void* dlm_head;            // [vocab, dim] or null                         backward
-  void* dlogits;             // [min(tokens, kTokenChunk), min(vocab, kVocabChunk)] of dtype    backward
-  void* dhidden_sum;         // [tokens, dim] float32 where dtype is bf16, else dhidden         backward
-  void* dlm_head_sum;        // [min(vocab, kVocabChunk), dim] float32 where dtype is bf16      backward
+  void* partial;  // [min(tokens, kForwardChunk), vocab blocks, 3]  forward: max, sum of e^(z-max), of (z-max) e^
+  const void* dlogp;  // [tokens]                                     backward
+  const void* dentropy;  // [tokens]                                     backward
+  void* dhidden;  // [tokens, dim] or null                        backward
+  void* dlm_head;  // [vocab, dim] or null                         backward
+  void* dlogits;  // [min(tokens, kTokenChunk), min(vocab, kVocabChunk)] of dtype    backward
+  void* dhidden_sum;  // [tokens, dim] float32 where dtype is bf16, else dhidden         backward
+  void* dlm_head_sum;  // [min(vocab, kVocabChunk), dim] float32 where dtype is bf16      backward
 };
 
 inline constexpr int64_t kVocabBlock = 256;
 inline constexpr int64_t kTokenBlock = 240;
+// Forward keeps the blocks' results of this many tokens at a time: lm_head is read again for the next ones.
+inline constexpr int64_t kForwardChunk = 8 * kTokenBlock;
 // Backward forms the gradient of this many logits at a time.
 inline constexpr int64_t kTokenChunk = 960, kVocabChunk = 2048;
 

@@ -73,6 +73,15 @@ def test_more_tokens_and_columns_than_a_chunk(dtype):
     assert not (found := properties.complaints(OP, ops.token_logprobs, arguments, dtype)), found
 
 
+def test_tokens_of_the_next_chunk_are_as_those_of_the_first(isa):
+    """The forward keeps results of 1920 tokens at a time."""
+    arguments = example(1925, 8, 300, torch.bfloat16)
+    whole = ops.token_logprobs(**arguments)
+    for rows in (slice(1918, 1925), slice(1920, 1921), slice(0, 1920)):
+        part = ops.token_logprobs(**{k: v if k == "lm_head" else v[rows] for k, v in arguments.items()})
+        assert all(same_bits(w[rows], p) for w, p in zip(whole, part, strict=True))
+
+
 def test_far_logits(isa):
     """-inf logits have probability 0 and leave the entropy finite; a NaN poisons its own row alone."""
     head = torch.eye(300)
