@@ -1,5 +1,5 @@
-// float8_e4m3fn as storage: sign, 4 exponent bits (bias 7), 3 mantissa bits; 0x7f is NaN, there are no infinities. Reading is
-// exact. Storing rounds to nearest even, saturates at 448 and has one NaN, 0x7f; the same bits on every set.
+// float8_e4m3fn as storage: sign, 4 exponent bits (bias 7), 3 mantissa bits; 0x7f is NaN, there are no infinities. Reading
+// is exact. Storing rounds to nearest even, saturates at 448 and has one NaN, 0x7f; the same bits on every set.
 #pragma once
 
 #include "common/simd.h"
@@ -24,8 +24,8 @@ GLM5_INLINE float to_float(e4m3 x) {
   return y;
 }
 
-// With 2^e the power of two below |x|, at least 2^-6, adding 2^(e + 20) makes the float unit round to a multiple of 2^(e - 3),
-// which is e4m3's; the multiple is the difference of the two floats' bits, and 8 (e + 6) more is the code.
+// With 2^e the power of two below |x|, at least 2^-6, adding 2^(e + 20) makes the float unit round to a multiple of
+// 2^(e - 3), which is e4m3's; the multiple is the difference of the two floats' bits, and 8 (e + 6) more is the code.
 GLM5_INLINE e4m3 to_e4m3(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

@@ -1,8 +1,9 @@
-// What every op that quantises shares: the largest magnitude of a run, and the FP8 scale and codes that follow from it
-// (python/glm5/reference/quantize.py). Exact: the same bits on every set.
+// What every op that quantises shares: the largest magnitude of a run, and the scale and codes in FP8 or int8 that follow
+// from it (python/glm5/reference/quantize.py). Exact: the same bits on every set.
 #pragma once
 
 #include "common/e4m3.h"
+#include "common/integers.h"
 
 namespace glm5::cpu::GLM5_ISA {
 
@@ -107,5 +108,48 @@ GLM5_INLINE void encode_fp8(const T* x, int64_t n, float scale, e4m3* codes) {
   for (; i + F::kLanes <= n; i += F::kLanes) store(codes + i, load(x + i) / s);
   if (i < n) store_n(codes + i, load_n(x + i, n - i) / s, n - i);
 }
+
+GLM5_INLINE bool is_finite(float x) { return magnitude_bits(x) < 0x7f800000u; }
+
+// max(amax, 1e-10) / 127; NaN of NaN, inf of inf.
+GLM5_INLINE float int8_scale(float amax) { return (amax < 1e-10f ? 1e-10f : amax) / 127.f; }
+
+// codes[i] = rint(x[i] / scale), 0 where the scale is not finite. A scale is at least amax / 127 less half a unit: the ratio
+// rounds to 127 at most, and nothing need be cut off.
+template <class T>
+GLM5_INLINE void encode_int8(const T* x, int64_t n, float scale, int8_t* codes) {
+  if (!is_finite(scale)) {
+    std::memset(codes, 0, static_cast<size_t>(n));
+    return;
+  }
+  const F s = splat<F>(scale);
+  int64_t i = 0;
+  for (; i + F::kLanes <= n; i += F::kLanes) store_bytes(codes + i, to_integers(load(x + i) / s));
+  if (i < n) {
+    int8_t rest[F::kLanes];
+    store_bytes(rest, to_integers(load_n(x + i, n - i) / s));
+    std::memcpy(codes + i, rest, static_cast<size_t>(n - i));
+  }
+}
+
+// Of finite numbers and infinities, as they are; every NaN becomes the positive quiet one.
+GLM5_INLINE F one_nan(F x) {
+#if GLM5_ISA_LEVEL == 2
+  return {_mm512_mask_mov_ps(x.v, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q),
+                             _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)))};
+#elif GLM5_ISA_LEVEL == 1
+  return {_mm256_blendv_ps(x.v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q))};
+#else
+  for (int i = 0; i < 4; ++i)
+    if (x.v[i] != x.v[i]) x.v[i] = __builtin_nanf("");
+  return x;
+#endif
+}
+
+// Storing in bfloat16 has one NaN of its own.
+GLM5_INLINE void store_one_nan(bf16* p, F x) { store(p, x); }
+GLM5_INLINE void store_one_nan(float* p, F x) { store(p, one_nan(x)); }
+GLM5_INLINE void store_one_nan_n(bf16* p, F x, int64_t n) { store_n(p, x, n); }
+GLM5_INLINE void store_one_nan_n(float* p, F x, int64_t n) { store_n(p, one_nan(x), n); }
 
 }  // namespace glm5::cpu::GLM5_ISA

@@ -1,6 +1,6 @@
 // Quantisation to e4m3 in blocks of 1 x 128 and 128 x 128, and back.
+#include "common/pieces.h"
 #include "common/quantize.h"
-#include "quantize/pieces.h"
 #include "quantize/quantize.h"
 
 namespace glm5::cpu::GLM5_ISA {

@@ -1,135 +1,20 @@
 // Quantisation to int8 by rows and to int4 by groups, back from int4, and both at once for training.
+#include "common/pieces.h"
 #include "common/quantize.h"
-#include "quantize/pieces.h"
 #include "quantize/quantize.h"
 
 namespace glm5::cpu::GLM5_ISA {
 namespace {
 
-constexpr int kHalf = F::kLanes / 2;
-
-// ---- I: the codes of one F, 32-bit integers ----
-
-#if GLM5_ISA_LEVEL == 2
-
-struct I {
-  __m512i v;
-};
-GLM5_INLINE I to_integers(F x) { return {_mm512_cvtps_epi32(x.v)}; }  // ties to even
-GLM5_INLINE F to_floats(I x) { return {_mm512_cvtepi32_ps(x.v)}; }
-GLM5_INLINE I splat_integer(int x) { return {_mm512_set1_epi32(x)}; }
-GLM5_INLINE I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
-GLM5_INLINE I operator-(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
-GLM5_INLINE I operator^(I a, I b) { return {_mm512_xor_si512(a.v, b.v)}; }
-GLM5_INLINE I within(I x, int low, int high) {
-  return {_mm512_min_epi32(_mm512_max_epi32(x.v, _mm512_set1_epi32(low)), _mm512_set1_epi32(high))};
-}
-GLM5_INLINE void store_bytes(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v)); }
-// Two to a byte, the even one in the low nibble.
-GLM5_INLINE void store_nibbles(uint8_t* p, I x) {
-  const __m512i nibbles = _mm512_and_si512(x.v, _mm512_set1_epi32(15));
-  const __m512i pairs = _mm512_or_si512(nibbles, _mm512_srli_epi64(nibbles, 28));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(pairs));
-}
-GLM5_INLINE I load_nibbles(const uint8_t* p) {
-  const __m512i pairs = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  return {_mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi64(pairs, 28)), _mm512_set1_epi32(15))};
-}
-
-#elif GLM5_ISA_LEVEL == 1
-
-struct I {
-  __m256i v;
-};
-GLM5_INLINE I to_integers(F x) { return {_mm256_cvtps_epi32(x.v)}; }
-GLM5_INLINE F to_floats(I x) { return {_mm256_cvtepi32_ps(x.v)}; }
-GLM5_INLINE I splat_integer(int x) { return {_mm256_set1_epi32(x)}; }
-GLM5_INLINE I operator+(I a, I b) { return {_mm256_add_epi32(a.v, b.v)}; }
-GLM5_INLINE I operator-(I a, I b) { return {_mm256_sub_epi32(a.v, b.v)}; }
-GLM5_INLINE I operator^(I a, I b) { return {_mm256_xor_si256(a.v, b.v)}; }
-GLM5_INLINE I within(I x, int low, int high) {
-  return {_mm256_min_epi32(_mm256_max_epi32(x.v, _mm256_set1_epi32(low)), _mm256_set1_epi32(high))};
-}
-GLM5_INLINE void store_bytes(int8_t* p, I x) {
-  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
-}
-GLM5_INLINE void store_nibbles(uint8_t* p, I x) {
-  const __m256i nibbles = _mm256_and_si256(x.v, _mm256_set1_epi32(15));
-  const __m256i pairs = _mm256_or_si256(nibbles, _mm256_srli_epi64(nibbles, 28));
-  // Byte 0 of each 64-bit lane.
-  const __m128i low = _mm256_castsi256_si128(pairs), high = _mm256_extracti128_si256(pairs, 1);
-  const __m128i words = _mm_castps_si128(_mm_shuffle_ps(_mm_castsi128_ps(low), _mm_castsi128_ps(high), 0x88));
-  const __m128i bytes = _mm_shuffle_epi8(words, _mm_set1_epi32(0x0c080400));
-  const int32_t four = _mm_cvtsi128_si32(bytes);
-  std::memcpy(p, &four, 4);
-}
-GLM5_INLINE I load_nibbles(const uint8_t* p) {
-  int32_t four;
-  std::memcpy(&four, p, 4);
-  const __m256i pairs = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
-  return {_mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi64(pairs, 28)), _mm256_set1_epi32(15))};
-}
-
-#else
-
-struct I {
-  F::Ints v;
-};
-GLM5_INLINE I to_integers(F x) {
-  I r;
-  for (int i = 0; i < 4; ++i) r.v[i] = static_cast<int32_t>(__builtin_lrintf(x.v[i]));
-  return r;
-}
-GLM5_INLINE F to_floats(I x) {
-  F r;
-  for (int i = 0; i < 4; ++i) r.v[i] = static_cast<float>(x.v[i]);
-  return r;
-}
-GLM5_INLINE I splat_integer(int x) { return {F::Ints{x, x, x, x}}; }
-GLM5_INLINE I operator+(I a, I b) { return {a.v + b.v}; }
-GLM5_INLINE I operator-(I a, I b) { return {a.v - b.v}; }
-GLM5_INLINE I operator^(I a, I b) { return {a.v ^ b.v}; }
-GLM5_INLINE I within(I x, int low, int high) {
-  const F::Ints l = {low, low, low, low}, h = {high, high, high, high};
-  x.v = x.v < l ? l : x.v;
-  return {x.v > h ? h : x.v};
-}
-GLM5_INLINE void store_bytes(int8_t* p, I x) {
-  for (int i = 0; i < 4; ++i) p[i] = static_cast<int8_t>(x.v[i]);
-}
-GLM5_INLINE void store_nibbles(uint8_t* p, I x) {
-  for (int i = 0; i < 2; ++i) p[i] = static_cast<uint8_t>((x.v[2 * i] & 15) | (x.v[2 * i + 1] & 15) << 4);
-}
-GLM5_INLINE I load_nibbles(const uint8_t* p) { return {F::Ints{p[0] & 15, p[0] >> 4, p[1] & 15, p[1] >> 4}}; }
-
-#endif
-
-GLM5_INLINE bool is_finite(float x) { return magnitude_bits(x) < 0x7f800000u; }
-
 // ---- int8 ----
 
-// A row's scale is at least amax / 127 less half a unit: the ratio rounds to 127 at most, and nothing need be cut off.
 template <class T>
 void rows_to_int8(const Int8Args& a) {
   // A row has one scale: it is not cut.
   over_pieces(a.rows, a.columns, a.columns, [&](int64_t row, int64_t, int64_t n) {
     const T* x = static_cast<const T*>(a.x) + row * n;
-    int8_t* q = a.q + row * n;
-    const float amax = largest_magnitude(x, n);
-    const float scale = a.scale[row] = (amax < 1e-10f ? 1e-10f : amax) / 127.f;
-    if (!is_finite(scale)) {
-      std::memset(q, 0, static_cast<size_t>(n));
-      return;
-    }
-    const F s = splat<F>(scale);
-    int64_t i = 0;
-    for (; i + F::kLanes <= n; i += F::kLanes) store_bytes(q + i, to_integers(load(x + i) / s));
-    if (i < n) {
-      int8_t rest[F::kLanes];
-      store_bytes(rest, to_integers(load_n(x + i, n - i) / s));
-      std::memcpy(q + i, rest, static_cast<size_t>(n - i));
-    }
+    const float scale = a.scale[row] = int8_scale(largest_magnitude(x, n));
+    encode_int8(x, n, scale, a.q + row * n);
   });
 }
 
@@ -204,7 +89,7 @@ void to_int4(const Int4Args& a) {
     int64_t i = 0;
     for (; i + F::kLanes <= n; i += F::kLanes) store_nibbles(q + i / 2, codes_of<kSymmetric>(load(x + i), g));
     if (i < n) {
-      uint8_t rest[kHalf];
+      uint8_t rest[F::kLanes / 2];
       store_nibbles(rest, codes_of<kSymmetric>(load_n(x + i, n - i), g));
       std::memcpy(q + i / 2, rest, static_cast<size_t>((n - i) / 2));
     }
@@ -222,7 +107,7 @@ void from_int4(const Int4Args& a) {
     for (; i + F::kLanes <= n; i += F::kLanes)
       store_one_nan(out + i, to_floats((load_nibbles(q + i / 2) ^ flip) - zero) * scale);
     if (i < n) {
-      uint8_t rest[kHalf] = {};
+      uint8_t rest[F::kLanes / 2] = {};
       std::memcpy(rest, q + i / 2, static_cast<size_t>((n - i) / 2));
       store_one_nan_n(out + i, to_floats((load_nibbles(rest) ^ flip) - zero) * scale, n - i);
     }
@@ -249,7 +134,7 @@ void through_int4(const Int4Args& a) {
 
 void quantize_int8(const Int8Args& args) {
   if (args.columns == 0)
-    for (int64_t row = 0; row < args.rows; ++row) args.scale[row] = 1e-10f / 127.f;
+    for (int64_t row = 0; row < args.rows; ++row) args.scale[row] = int8_scale(0);
   args.dtype == 0 ? rows_to_int8<bf16>(args) : rows_to_int8<float>(args);
 }
 

@@ -22,7 +22,7 @@ from glm5.ops.quantize import (
     quantize_int8,
 )
 from glm5.ops.rope import rope
-from glm5.ops.silu_mul import silu_mul
+from glm5.ops.silu_mul import silu_mul, silu_mul_quantize
 from glm5.ops.sparse_mla import sparse_mla, sparse_mla_attn_target
 from glm5.ops.token_logprobs import token_logprobs
 from glm5.ops.topk_indices import topk_indices
@@ -52,6 +52,7 @@ __all__ = [
     "rope",
     "rotate_hadamard",
     "silu_mul",
+    "silu_mul_quantize",
     "sparse_mla",
     "sparse_mla_attn_target",
     "token_logprobs",

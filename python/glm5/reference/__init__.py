@@ -19,7 +19,7 @@ from glm5.reference.quantize import (
     quantize_int8,
 )
 from glm5.reference.rope import rope
-from glm5.reference.silu_mul import silu_mul
+from glm5.reference.silu_mul import silu_mul, silu_mul_quantize
 from glm5.reference.sparse_mla import sparse_mla, sparse_mla_attn_target
 from glm5.reference.token_logprobs import token_logprobs
 from glm5.reference.topk_indices import topk_indices
@@ -49,6 +49,7 @@ __all__ = [
     "rope",
     "rotate_hadamard",
     "silu_mul",
+    "silu_mul_quantize",
     "sparse_mla",
     "sparse_mla_attn_target",
     "token_logprobs",
