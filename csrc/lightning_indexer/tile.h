@@ -296,14 +296,10 @@ GLM5_INLINE D multiply_add(D a, D b, D c) { return fma(a, b, c); }
 constexpr int kHeads = 4;
 constexpr int kVectors = GLM5_ISA_LEVEL == 2 ? 4 : 2;
 
-// dots[h][v] = heads[h] . keys, for NH heads of a query and NV vectors of keys.
+// dots[h][v] += heads[h] . keys, for NH heads of a query and NV vectors of keys.
 template <int NH, int NV, class E, class V>
-GLM5_INLINE void dot_products(const E* heads, int64_t steps, const E* keys, V (&dots)[NH][NV]) {
+GLM5_INLINE void add_dot_products(const E* heads, int64_t steps, const E* keys, V (&dots)[NH][NV]) {
   constexpr int L = V::kLanes;
-#pragma GCC unroll 8
-  for (int h = 0; h < NH; ++h)
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) dots[h][v] = splat<V>(0);
   for (int64_t s = 0; s < steps; ++s) {
     decltype(load_step(keys)) key[NV];
 #pragma GCC unroll 8
@@ -315,6 +311,16 @@ GLM5_INLINE void dot_products(const E* heads, int64_t steps, const E* keys, V (&
       for (int v = 0; v < NV; ++v) dots[h][v] = multiply_add(head, key[v], dots[h][v]);
     }
   }
+}
+
+// dots[h][v] = heads[h] . keys.
+template <int NH, int NV, class E, class V>
+GLM5_INLINE void dot_products(const E* heads, int64_t steps, const E* keys, V (&dots)[NH][NV]) {
+#pragma GCC unroll 8
+  for (int h = 0; h < NH; ++h)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) dots[h][v] = splat<V>(0);
+  add_dot_products<NH, NV>(heads, steps, keys, dots);
 }
 
 #if GLM5_ISA_LEVEL == 0

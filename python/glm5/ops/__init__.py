@@ -9,6 +9,7 @@ MemoryError names the op whose working memory could not be had.
 from glm5.ops.hadamard import rotate_hadamard
 from glm5.ops.indexer_kl import indexer_kl_loss, lightning_indexer_kl
 from glm5.ops.lightning_indexer import lightning_indexer_logits, lightning_indexer_topk
+from glm5.ops.lightning_indexer_int8 import lightning_indexer_logits_int8, lightning_indexer_topk_int8
 from glm5.ops.linear import batched_linear, grouped_linear, linear
 from glm5.ops.mla_attention import mla_attention, mla_attn_target
 from glm5.ops.moe import moe_dispatch_layout, moe_permute, moe_router, moe_unpermute
@@ -37,7 +38,9 @@ __all__ = [
     "layer_norm",
     "lightning_indexer_kl",
     "lightning_indexer_logits",
+    "lightning_indexer_logits_int8",
     "lightning_indexer_topk",
+    "lightning_indexer_topk_int8",
     "linear",
     "mla_attention",
     "mla_attn_target",

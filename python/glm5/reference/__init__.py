@@ -6,6 +6,7 @@ Slow on purpose and free of tricks; any float dtype, float64 included. Kernel au
 from glm5.reference.hadamard import rotate_hadamard
 from glm5.reference.indexer_kl import indexer_kl_loss, lightning_indexer_kl
 from glm5.reference.lightning_indexer import lightning_indexer_logits, lightning_indexer_topk
+from glm5.reference.lightning_indexer_int8 import lightning_indexer_logits_int8, lightning_indexer_topk_int8
 from glm5.reference.linear import batched_linear, grouped_linear, linear
 from glm5.reference.mla_attention import mla_attention, mla_attn_target
 from glm5.reference.moe import moe_dispatch_layout, moe_permute, moe_router, moe_unpermute
@@ -34,7 +35,9 @@ __all__ = [
     "layer_norm",
     "lightning_indexer_kl",
     "lightning_indexer_logits",
+    "lightning_indexer_logits_int8",
     "lightning_indexer_topk",
+    "lightning_indexer_topk_int8",
     "linear",
     "mla_attention",
     "mla_attn_target",

@@ -1,5 +1,7 @@
 """Specs of the lightning indexer."""
 
+from functools import partial
+
 import torch
 
 from glm5 import reference
@@ -30,8 +32,9 @@ def _draw_topk(draw, dtype):
     return {**_draw_logits(draw, dtype), "topk": draw.choice([0, 1, 16, 64, 400])}
 
 
-def _valid_choice(got, want, arguments, dtype):
-    """Every chosen score reaches the true k-th score and none above it is missing, both within the score budget."""
+def valid_choice(logits, got, want, arguments, dtype):
+    """By the scores of the reference ``logits`` every chosen score reaches the true k-th score and none above it is missing,
+    both within the score budget."""
     indices, lse = got
     topk = arguments["topk"]
     found = []
@@ -40,7 +43,7 @@ def _valid_choice(got, want, arguments, dtype):
         found.append(f"lse: relative error {error:.3g}")
     theirs = widened(arguments)
     theirs.pop("topk")
-    scores = reference.lightning_indexer_logits(**theirs)
+    scores = logits(**theirs)
     visible = scores[scores > float("-inf")]
     slack = BUDGETS["scores"][torch.float32][0] * visible.norm().item() if visible.numel() else 0.0
     for row, (chosen, score) in enumerate(zip(indices.tolist(), scores, strict=True)):
@@ -77,7 +80,7 @@ register(
         _draw_topk,
         budget="scores",
         dtypes=_DTYPES,
-        compare=_valid_choice,
+        compare=partial(valid_choice, reference.lightning_indexer_logits),
         outputs=("positions", "rows"),
         **_ROWS,
     )

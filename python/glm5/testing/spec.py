@@ -21,6 +21,7 @@ BUDGETS = {
         torch.float32: (1e-6, 1e-6),
         torch.float64: (1e-13, 1e-12),
         torch.float8_e4m3fn: (1e-6, 0.0),
+        torch.int8: (1e-6, 0.0),
     },
     "softmax": {torch.bfloat16: (3e-3, 5e-3), torch.float32: (5e-6, 5e-6), torch.float64: (1e-13, 1e-12)},
 }
