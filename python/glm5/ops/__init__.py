@@ -27,6 +27,7 @@ from glm5.ops.silu_mul import silu_mul, silu_mul_quantize
 from glm5.ops.sparse_mla import sparse_mla, sparse_mla_attn_target
 from glm5.ops.token_logprobs import token_logprobs
 from glm5.ops.topk_indices import topk_indices
+from glm5.ops.w4a8_gemm import w4a8_gemm, w4a8_grouped_gemm, w4a8_prepack, w4a8_unpack
 
 __all__ = [
     "batched_linear",
@@ -60,4 +61,8 @@ __all__ = [
     "sparse_mla_attn_target",
     "token_logprobs",
     "topk_indices",
+    "w4a8_gemm",
+    "w4a8_grouped_gemm",
+    "w4a8_prepack",
+    "w4a8_unpack",
 ]

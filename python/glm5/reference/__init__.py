@@ -24,6 +24,7 @@ from glm5.reference.silu_mul import silu_mul, silu_mul_quantize
 from glm5.reference.sparse_mla import sparse_mla, sparse_mla_attn_target
 from glm5.reference.token_logprobs import token_logprobs
 from glm5.reference.topk_indices import topk_indices
+from glm5.reference.w4a8_gemm import w4a8_gemm, w4a8_grouped_gemm, w4a8_prepack, w4a8_unpack
 
 __all__ = [
     "batched_linear",
@@ -57,4 +58,8 @@ __all__ = [
     "sparse_mla_attn_target",
     "token_logprobs",
     "topk_indices",
+    "w4a8_gemm",
+    "w4a8_grouped_gemm",
+    "w4a8_prepack",
+    "w4a8_unpack",
 ]

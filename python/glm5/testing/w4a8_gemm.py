@@ -1,0 +1,100 @@
+"""Specs of int4 weights times int8 activations. What is moved is equal bit for bit; products are held to the dequantised
+float64 reference."""
+
+import torch
+
+from glm5.testing.spec import OpSpec, register, relative_error
+
+# ||out - ref|| / ||ref||: one rounding to bfloat16 alone is 1.66e-3.
+_BUDGETS = {torch.float32: 1e-4, torch.bfloat16: 2.5e-3}
+
+# Around blocks of 16 columns and pairs of them, and tiles of rows; 0 is a size like any other.
+_COLUMNS = [33, 1, 16, 48, 7, 31, 70, 0]
+_ROWS = [3, 1, 0, 2, 5, 8, 9, 13, 17, 33, 40]
+_GROUPS = [(128, 2), (32, 3), (64, 2), (32, 8), (128, 5), (64, 1), (32, 0)]
+# One group a row: any even k.
+_INNER = [100, 2, 32, 6, 120, 250, 1000, 3332, 0]
+
+
+def draw_weight(draw, *before: int) -> dict:
+    """packed, scale and, half of the time, zeros of a random int4 weight [*before, N, K]."""
+    n = draw.choice(_COLUMNS)
+    size, groups = (draw.choice(_INNER), 1) if draw.integer(0, 2) == 0 else draw.choice(_GROUPS)
+    kind = draw.choice(["any", "lowest", "highest"])
+    generator = torch.Generator().manual_seed(draw.integer(0, 2**31 - 1))
+    packed = torch.randint(0, 256, (*before, n, groups * size // 2), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (*before, n, groups), generator=generator, dtype=torch.uint8)
+    symmetric = draw.integer(0, 1) == 0
+    if kind != "any":  # -8 and 7, or codes and zero points as far apart as they can be
+        packed.fill_((0x88 if symmetric else 0x00) if kind == "lowest" else (0x77 if symmetric else 0xFF))
+        zeros.fill_(15 if kind == "lowest" else 0)
+    scale = draw.tensor(*before, n, groups, scale=draw.choice([0.01, 1.0])).abs() + 1e-6
+    return {"packed": packed, "scale": scale} | ({} if symmetric else {"zeros": zeros})
+
+
+def _draw_prepack(draw, dtype):
+    return draw_weight(draw, *draw.choice([(), (2,), (0,), (2, 3)]))
+
+
+def _prepacked(draw, *before):
+    from glm5.reference import w4a8_prepack
+
+    return w4a8_prepack(**draw_weight(draw, *before))
+
+
+def _draw_unpack(draw, dtype):
+    return {"w": _prepacked(draw, *draw.choice([(), (2,), (0,), (2, 3)]))}
+
+
+def _inner(w):
+    rest = w.shape[-1] - (5 if w.dtype == torch.uint8 else 4)
+    return w.shape[-2] * (rest // 4 * 8 - rest % 4 * 2)
+
+
+def _draw_rows(draw, rows, w):
+    kind = draw.choice(["any", "lowest", "highest", "few"])
+    generator = torch.Generator().manual_seed(draw.integer(0, 2**31 - 1))
+    x = torch.randint(-128, 128, (rows, _inner(w)), generator=generator, dtype=torch.int8)
+    if kind in ("lowest", "highest"):
+        x.fill_(-128 if kind == "lowest" else 127)
+    elif kind == "few":
+        x[torch.rand(x.shape, generator=generator) < 0.9] = 0
+    return {"x": x, "x_scale": draw.tensor(rows, scale=0.01).abs() + 1e-6}
+
+
+def _draw_gemm(draw, dtype):
+    w = _prepacked(draw)
+    return {**_draw_rows(draw, draw.choice(_ROWS), w), "w": w, "out_dtype": dtype}
+
+
+def _draw_grouped(draw, dtype):
+    rows, groups = draw.choice(_ROWS), draw.choice([3, 1, 2, 8, 0])
+    w = _prepacked(draw, groups)
+    # Sorted cuts: empty groups happen, and so do rows past the last group.
+    ends = sorted(draw.integer(0, rows) for _ in range(groups))
+    group_ends = torch.tensor(ends, dtype=torch.int32)
+    return {**_draw_rows(draw, rows, w), "w": w, "group_ends": group_ends, "out_dtype": dtype}
+
+
+def _near_dequantised(got, want, arguments, dtype):
+    out, ref = got[0], want[0]
+    error = relative_error(out, ref)
+    if error <= _BUDGETS[dtype]:
+        return []
+    # The budget speaks of many roundings. Where few values or all alike come out, each is one rounding of a float32 off.
+    if dtype == torch.bfloat16 and out.shape == ref.shape and ((out.double() - ref).abs() <= 2.001**-8 * ref.abs()).all():
+        return []
+    return [f"output 0: relative error {error:.3g}, budget {_BUDGETS[dtype]:g}"]
+
+
+def _select_grouped_rows(arguments, rows):
+    rows = rows.sort().values
+    ends = torch.searchsorted(rows, arguments["group_ends"].long()).to(torch.int32)
+    return {**arguments, "x": arguments["x"][rows], "x_scale": arguments["x_scale"][rows], "group_ends": ends}, rows
+
+
+_ROWS_OF = {"rows": ("x", "x_scale"), "outputs": ("rows",), "compare": _near_dequantised}
+register(OpSpec("w4a8_prepack", _draw_prepack, dtypes=(torch.float32,), bitwise=True))
+register(OpSpec("w4a8_unpack", _draw_unpack, dtypes=(torch.float32,), bitwise=True))
+register(OpSpec("w4a8_gemm", _draw_gemm, **_ROWS_OF))
+register(OpSpec("w4a8_grouped_gemm", _draw_grouped, select_rows=_select_grouped_rows, **_ROWS_OF))
