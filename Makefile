@@ -52,7 +52,7 @@ lint: $(VENV)/packages.stamp
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 bench: build $(VENV)/peers.stamp
-	@$(PY) -m benchmarks
+	@$(VENV)/bin/glm5 bench --json benchmarks/results/latest.json --picture benchmarks/results/latest.svg
 
 # The wheel, tagged for the C library it needs, then installed into an empty environment and tried from another folder.
 # torch's libraries and libgomp stay out of it: it must use those that torch has loaded.

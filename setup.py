@@ -18,6 +18,7 @@ from pathlib import Path
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / sys.implementation.cache_tag
@@ -97,6 +98,18 @@ class BuildLibraries(build_ext):
         return {}
 
 
+class BuildPython(build_py):
+    """``build_py``: a wheel brings the benchmarks, for ``glm5 bench``; an editable install has them in its checkout."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            for source in (ROOT / "benchmarks").rglob("*.py"):
+                target = Path(self.build_lib, "glm5/_bundled", source.relative_to(ROOT))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target)
+
+
 class BuildKernels(Command):
     """``build_kernels``: only what needs no torch; make runs it while pip unpacks torch."""
 
@@ -121,5 +134,10 @@ class BuildSanitized(BuildKernels):
 
 setup(
     ext_modules=[Extension("glm5._runtime", sources=[])],
-    cmdclass={"build_ext": BuildLibraries, "build_kernels": BuildKernels, "build_sanitized": BuildSanitized},
+    cmdclass={
+        "build_py": BuildPython,
+        "build_ext": BuildLibraries,
+        "build_kernels": BuildKernels,
+        "build_sanitized": BuildSanitized,
+    },
 )

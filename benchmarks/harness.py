@@ -1,7 +1,7 @@
 """How a benchmark is run here: ours and the peer interleaved in one process, medians, and the machine's own ceiling.
 
 A family module yields ``Case``s (built lazily, one at a time, so that their inputs never live together) and may yield
-``MemoryCase``s. ``python -m benchmarks`` runs them all. Knows nothing about any op.
+``MemoryCase``s. ``glm5 bench`` (or ``python -m benchmarks``) runs them. Knows nothing about any op.
 """
 
 import ctypes
@@ -15,12 +15,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from glm5 import _native
+from benchmarks import peers, picture
+from glm5 import _native, ops
 
 _native._lib.glm5_peak_flops.restype = ctypes.c_double
 _native._lib.glm5_peak_flops.argtypes = [ctypes.c_char_p, ctypes.c_int64]
@@ -39,6 +40,7 @@ class Case:
         work: floating-point operations (or bytes, for peak "read") of one call of ours, times ``scale``.
         peak: which ceiling ``work`` is held against: "float32", "bf16", "int8" (of the instruction set in force) or "read".
         peer_name: what the peer is.
+        library: what the peer is part of, as in ``peers.LIBRARIES``.
         scale, peer_scale: multiply our time, the peer's, where it is taken on a part of the work; say so in ``note``.
         peer_work: operations of one call of the peer, times ``peer_scale``, where they differ from ours.
         isa: instruction set to run ours on; None is the process's.
@@ -52,6 +54,7 @@ class Case:
     work: float = 0.0
     peak: str | None = None
     peer_name: str = "torch"
+    library: str = "torch"
     scale: float = 1.0
     peer_scale: float = 1.0
     peer_work: float | None = None
@@ -96,6 +99,7 @@ class Result:
     goal_ratio: float | None
     goal_share: float | None
     note: str
+    peer_rate: float | None = None
     peer_share: float | None = None
 
     @property
@@ -196,8 +200,10 @@ def time_interleaved(calls: list[Callable], seconds: float, sample: float = 0.01
 
 def run_case(case: Case, peaks: Peaks, seconds: float) -> Result:
     """Times one case. The share of the peak is filled in by ``finish`` once every ceiling is known."""
-    isa = case.isa or _native.cpu_isa()
-    with _native.using_cpu_isa(isa) if case.isa else nullcontext(), torch.no_grad() if case.peer is None else nullcontext():
+    isa, alone = case.isa or _native.cpu_isa(), case.peer is None
+    if case.peer and not peers.wanted(case.library):
+        case = replace(case, peer=None)
+    with _native.using_cpu_isa(isa) if case.isa else nullcontext(), torch.no_grad() if alone else nullcontext():
         if case.peak:
             peaks.measure(case.peak, isa)
         samples = time_interleaved([case.ours] + ([case.peer] if case.peer else []), seconds)
@@ -215,6 +221,7 @@ def run_case(case: Case, peaks: Peaks, seconds: float) -> Result:
         name=case.name, ours=ours, peer=peer, ratio=peer / ours if peer else None, rate=rate, peak=case.peak,
         peak_rate=None, share=None, peer_name=case.peer_name, isa=isa, load=os.getloadavg()[0],
         goal_ratio=case.goal_ratio, goal_share=case.goal_share, note=case.note,
+        peer_rate=(case.peer_work or case.work) / peer if peer and case.work else None,
     )  # fmt: skip
 
 
@@ -224,6 +231,7 @@ def finish(results: list[Result], peaks: Peaks) -> None:
         if result.peak:
             result.peak_rate = peaks.rates[result.peak, result.isa]
             result.share = result.rate / result.peak_rate
+            result.peer_share = result.peer_rate / result.peak_rate if result.peer_rate else None
 
 
 # ---- memory ----
@@ -270,6 +278,18 @@ def _seconds(value: float) -> str:
     return f"{value / 1e-9:.3g} ns"
 
 
+_UNITS = {"read": "GB/s", "int8": "GOP/s"}
+
+
+def roofline(peaks: Peaks, isa: str) -> str:
+    """The limits of instruction set ``isa``, measured unless they were, in a line."""
+    for peak in ("float32", "bf16", "int8", "read"):
+        if (peak, isa) not in peaks.rates:
+            peaks.measure(peak, isa)
+    names = {"float32": "float32 FMA", "bf16": "bf16 products", "int8": "int8 products", "read": "reading memory"}
+    return ", ".join(f"{name} {peaks.rates[k, isa] / 1e9:.0f} {_UNITS.get(k, 'GF/s')}" for k, name in names.items())
+
+
 def _mark(value: float | None, goal: float | None) -> str:
     return "" if value is None or goal is None else (" ✓" if value >= goal else f" ✗ (want {goal:g})")
 
@@ -281,7 +301,7 @@ def table(results: list[Result]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
-        unit = "GB/s" if r.peak == "read" else "GF/s"
+        unit = _UNITS.get(r.peak, "GF/s")
         share = f"{100 * r.share:.1f} % of {r.peak_rate / 1e9:.0f}" if r.share is not None else ""
         want_share = None if r.goal_share is None else 100 * r.goal_share
         lines.append(
@@ -303,44 +323,62 @@ def memory_table(results: list[tuple[MemoryCase, int]]) -> str:
     return "\n".join(lines)
 
 
-def families(wanted: list[str]) -> Iterator[tuple[str, object]]:
-    """The modules ``benchmarks.<room>.bench_<family>``, all or those wanted. Raises ValueError for an unknown family."""
+def families(wanted: list[str]) -> Iterator[tuple[object, str]]:
+    """(module, text that the cases' names must hold) for what is wanted: families, ops, or all when none is named.
+
+    A family is a module ``benchmarks.<room>.bench_<family>``. Raises ValueError for what is neither.
+    """
     files = sorted(Path(__file__).parent.glob("*/bench_*.py"))
     known = {p.stem.removeprefix("bench_"): f"benchmarks.{p.parent.name}.{p.stem}" for p in files}
-    if unknown := [name for name in wanted if name not in known]:
-        raise ValueError(f"no benchmark for {', '.join(unknown)}; there are {', '.join(known)}")
+    of_op = {name: getattr(ops, name).__module__.rpartition(".")[2] for name in ops.__all__}
+    if unknown := [name for name in wanted if name not in known and name not in of_op]:
+        raise ValueError(f"no benchmark for {', '.join(unknown)}; there are {', '.join(sorted({*known, *of_op}))}")
     for name in wanted or known:
-        yield name, importlib.import_module(known[name])
+        yield importlib.import_module(known[name if name in known else of_op[name]]), "" if name in known else name
 
 
-def run(wanted: list[str], quick: bool, only: str = "", out: Path | None = None) -> list[str]:
-    """Runs the families, prints the tables, writes the JSON; returns complaints (a share over 100 %, a broken promise)."""
+def run(wanted: list[str], quick: bool, only: str = "", out: Path | None = None, shares: Path | None = None) -> list[str]:
+    """Measures the limits, runs the families, prints the tables, writes figures (``out``) and a picture (``shares``).
+
+    Returns complaints: a share over 100 %, a broken promise. Raises ValueError where nothing of that name can be run.
+    """
     seconds = 0.3 if quick else 1.5
+    chosen = list(families(wanted))
     peaks, results, memory = Peaks(0.1 if quick else 0.3), [], []
-    for _, module in families(wanted):
+    isa = _native.cpu_isa()
+    machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}, instruction set {isa}"
+    limits = roofline(peaks, isa)
+    print(f"{machine}, load {os.getloadavg()[0]:.1f}\nlimits: {limits}\n", flush=True)
+    measured = dict(peaks.rates)
+    for module, named in chosen:
         for case in module.cases(quick):
-            if only in case.name:
+            if only in case.name and named in case.name:
                 results.append(run_case(case, peaks, seconds))
                 print(f"{case.name}: {_seconds(results[-1].ours)}", file=sys.stderr, flush=True)
             del case
             gc.collect()
         for case in getattr(module, "memory_cases", lambda quick: ())(quick):
-            if only in case.name:
+            if only in case.name and named in case.name:
                 memory.append((case, peak_memory(case.target, **case.arguments)))
     finish(results, peaks)
-    print(
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, best set {_native.available_isas()[-1]}, "
-        f"load {os.getloadavg()[0]:.1f}\n"
-    )
     if results:
         print(table(results))
     if memory:
         print("\n" + memory_table(memory))
+    for line in peers.skipped():
+        print("\n" + line)
+    if not results and not memory and not peers.skipped():
+        raise ValueError(f"no case of {', '.join(wanted) or 'any family'} has {only!r} in its name")
+    if shares:
+        picture.write(shares, picture.draw(results, f"{machine}; {limits}"))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         rows = {
+            "machine": machine,
+            "limits": {f"{peak} {isa}": rate for (peak, isa), rate in measured.items()},
             "results": [asdict(r) for r in results],
             "memory": [{**asdict(case), "bytes": used} for case, used in memory],
+            "skipped": peers.skipped(),
         }
         part = out.with_name(out.name + ".part")
         part.write_text(json.dumps(rows, indent=1))

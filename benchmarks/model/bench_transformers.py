@@ -8,7 +8,7 @@ import tempfile
 
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, peers
 from benchmarks.harness import Case, MemoryCase
 from glm5 import Glm5ForCausalLM
 from glm5.model.cache import LatentCache
@@ -138,6 +138,8 @@ def repeated(step, count: int):
 
 
 def cases(quick: bool):
+    if not peers.library("transformers"):
+        return
     for dtype, goal in ((torch.float32, 2.5), (torch.bfloat16, 4.0)):
         theirs, ours = pair(dtype)
         twin, name, full = drop_in(theirs), str(dtype).removeprefix("torch."), dtype == torch.float32
@@ -158,6 +160,7 @@ def cases(quick: bool):
                     make(theirs, size),
                     scale=1 / steps,
                     peer_name="Transformers sdpa",
+                    library="transformers",
                     goal_ratio=None if quick or goal_ratio is None else goal_ratio * share,
                     note=f"ours: mean of {steps} steps in a row" if steps > 1 else "",
                 )
@@ -174,6 +177,8 @@ def prepare(which: str, dtype: str, count: int):
 
 
 def memory_cases(quick: bool):
+    if not peers.library("transformers"):
+        return
     target = "benchmarks.model.bench_transformers:prepare"
     context = 2048 if quick else 8192
     for dtype in ("float32", "bfloat16"):

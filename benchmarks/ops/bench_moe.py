@@ -40,13 +40,13 @@ def torch_unpermute(y, slot_of_row, weights):
 def cases(quick: bool):
     """GLM-5's 256 experts with 8 chosen, and the tiny model's 8 with 2."""
     for tokens, experts, topk, dim in ((2048, 256, 8, 6144), (2048, 8, 2, 128))[-1 if quick else 0 :]:
-        large = dim == 6144  # the small one stays in the caches
-        peak = "read" if large else None
+        large = dim == 6144
+        peak, moved = ("read", 1.0) if large else (None, 0.0)  # the small one stays in the caches: no limit of its own
         logits, bias = torch.randn(tokens, experts), torch.randn(experts) * 0.1
         sizes = f"{tokens} tokens to {topk} of {experts}"
         yield Case(
             f"moe_router {sizes}", lambda a=(logits, bias, topk): ops.moe_router(*a, scaling=2.5),
-            lambda a=(logits, bias, topk): torch_router(*a, 2.5), work=4.0 * logits.numel(), peak=peak,
+            lambda a=(logits, bias, topk): torch_router(*a, 2.5), work=moved * 4 * logits.numel(), peak=peak,
         )  # fmt: skip
         x = torch.randn(tokens, dim).to(bf16)
         weights, ids = ops.moe_router(logits, bias, topk)
@@ -57,10 +57,10 @@ def cases(quick: bool):
         )
         yield Case(
             f"moe_permute bf16 {sizes}, dim {dim}", lambda a=(x, ids, experts): ops.moe_permute(*a),
-            lambda a=(x, 0, rows): torch.index_select(*a), work=2.0 * (x.numel() + y.numel()), peak=peak,
+            lambda a=(x, 0, rows): torch.index_select(*a), work=moved * 2 * (x.numel() + y.numel()), peak=peak,
             peer_name="index_select", goal_ratio=8.0 if large else None, note="the peer is given the order",
         )  # fmt: skip
-        combined = 2.0 * (x.numel() + y.numel())
+        combined = moved * 2 * (x.numel() + y.numel())
         yield Case(
             f"moe_unpermute bf16 {sizes}, dim {dim}", lambda a=(y, slots, weights): ops.moe_unpermute(*a),
             lambda a=(y, rows, weight_of_slot, tokens): index_add(*a), work=combined, peak=peak,
@@ -77,7 +77,7 @@ def cases(quick: bool):
             f"moe_unpermute + backward bf16 {sizes}, dim {dim}",
             lambda a=leaves, s=slots, d=x: torch.autograd.grad(ops.moe_unpermute(a[0], s, a[1]), a, d),
             lambda a=leaves, s=slots, d=x: torch.autograd.grad(torch_unpermute(a[0], s, a[1]), a, d),
-            work=2.0 * (2 * x.numel() + 3 * y.numel()), peak=peak,
+            work=moved * 2 * (2 * x.numel() + 3 * y.numel()), peak=peak,
         )  # fmt: skip
         layout = (ids, experts, experts // 4, 2)
         yield Case(

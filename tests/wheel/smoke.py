@@ -55,5 +55,6 @@ for name in sorted(set(glm5.ops.__all__)):
         assert report.ok, f"{isa}\n{report}"
     judged.append(name)
 assert [p.documents.tolist() for p in SequencePacker(8).pack([5, 6, 2])] == [[0], [1, 2]]
-subprocess.run([Path(sys.executable).with_name("glm5"), "doctor"], check=True)
+for command in (["doctor"], ["bench", "rms_norm", "--quick", "--threads", "1"]):
+    subprocess.run([Path(sys.executable).with_name("glm5"), *command], check=True)
 print(f"wheel: {tag}; {len(judged)} ops agree with their references on {', '.join(_native.available_isas())}")

@@ -12,7 +12,7 @@ from importlib import import_module
 
 import glm5
 
-COMMANDS = ("run", "train", "generate", "convert", "doctor")
+COMMANDS = ("run", "train", "generate", "convert", "bench", "doctor")
 
 
 def _parser() -> argparse.ArgumentParser:
