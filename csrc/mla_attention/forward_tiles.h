@@ -32,6 +32,7 @@ struct Shape {
 
 struct TileScratch {
   bf16 *q, *k, *v[2], *p[2];  // [rows][k_steps]; own key blocks, where none is packed ahead; [64 rows][256 keys]
+  bf16* seen;                 // the values of a block that one row sees
   float* scores[2];           // [kGroupRows][kScoreStride]
   float* out;                 // [rows][v_tiles] in tiles
   float *one, *largest;       // a tile; [rows]: the running maximum of the scaled scores
@@ -41,7 +42,8 @@ struct TileScratch {
     const int64_t places = round_up(rows, kGroupRows);
     q = carver.take<bf16>(places * shape.k_steps * 32);
     k = carver.take<bf16>(packs ? shape.k_block : 0);
-    for (auto& buffer : v) buffer = carver.take<bf16>(shape.v_block);
+    for (auto& buffer : v) buffer = carver.take<bf16>(packs ? shape.v_block : 0);
+    seen = carver.take<bf16>(shape.v_block);
     for (auto& buffer : p) buffer = carver.take<bf16>(kProbabilities);
     for (auto& buffer : scores) buffer = carver.take<float>(kGroupRows * kScoreStride);
     out = carver.take<float>(places * shape.v_tiles * kTile);
@@ -238,17 +240,15 @@ void add_values_in_tiles(const TileScratch& s, const Shape& shape, const MlaAtte
     return;
   }
   GLM5_COUNT_PATH("mla tiles with values that are not finite");
-  // The copy goes where no group's values are.
-  bf16* copy = g.packed_values == s.v[0] ? s.v[1] : s.v[0];
   for (int64_t r = 0; r < g.count; ++r) {
     const int64_t n = g.num_keys[r];
     if (n == 0) continue;
-    pack_rows<bf16, bf16, kTile>(copy, kKeyBlock * kTile, g.values, a.heads * a.dv, n, a.dv);
+    pack_rows<bf16, bf16, kTile>(s.seen, kKeyBlock * kTile, g.values, a.heads * a.dv, n, a.dv);
     for (int64_t j = 0; j < shape.v_tiles; ++j) {
       float* out = group_out + r / kTile * row_tile + j * 256;
       std::memcpy(s.one, out, 256 * sizeof(float));
       multiply_tiles<1>(ceil_div(n, 32), g.p + r / kTile * (kKeyBlock / 32) * kTileElements, 0,
-                        copy + j * (kKeyBlock / 32) * kTileElements, s.one, 0, kTile, !g.first_block, nullptr);
+                        s.seen + j * (kKeyBlock / 32) * kTileElements, s.one, 0, kTile, !g.first_block, nullptr);
       std::memcpy(out + r % kTile * kTile, s.one + r % kTile * kTile, kTile * sizeof(float));
     }
   }

@@ -188,6 +188,13 @@ class TestEdges:
         target = ops.mla_attn_target(**target_arguments(a, lse))
         assert target[:10].isfinite().all() and target[10:, 0].isnan().all()
 
+    def test_a_nan_value_stays_at_home_where_more_blocks_follow(self, isa, dtype):
+        a = example(6, 530, ([140] * 6, [164, 200, 250, 300, 450, 450]), dtype=dtype)
+        clean = ops.mla_attention(**a)
+        a["v"][265] = NAN
+        out, lse = ops.mla_attention(**a)
+        assert all_same_bits((out[:3], lse), (clean[0][:3], clean[1])) and out[3:].isnan().all()
+
     def test_minus_infinity_is_never_attended_to(self, isa, dtype):
         a = example(3, 270, ([0, 0, 260], [270, 261, 261]), dtype=dtype)
         a["q"][..., 0], a["k"][260, :, 0] = 1.0, -INF
