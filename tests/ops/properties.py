@@ -1,37 +1,27 @@
-"""Properties that every op has, as functions of its spec. Family tests call them; each would fail on a wrong kernel."""
+"""The kit's property functions as assertions on our ops, and what only a test of the registered op can ask.
+
+Family tests call them on hypothesis' examples; each would fail on a wrong kernel.
+"""
 
 import re
-from contextlib import contextmanager
 
+import hypothesis
 import pytest
 import torch
-from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glm5 import _native, ops
-from glm5.testing import Draw, OpSpec, RandomDraw, same_bits
-from glm5.testing.spec import as_tuple, complaints
+from glm5.testing import PROPERTIES, Candidate, OpSpec, RandomDraw, same_bits
+from glm5.testing.properties import compiles_both, complaints, determinism, threads
+from glm5.testing.spec import as_tuple
+from glm5.testing.strategies import HypothesisDraw
+
+__all__ = ["HypothesisDraw", "as_tuple", "complaints", "same_bits", "threads"]
 
 
-class HypothesisDraw(Draw):
-    """Choices from hypothesis, which shrinks them when a test fails."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def integer(self, low, high):
-        return self.data.draw(st.integers(low, high))
-
-
-@contextmanager
-def threads(count: int):
-    """Runs a block with ``count`` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def ours(op: OpSpec) -> Candidate:
+    """Our implementation of ``op``."""
+    return Candidate(op, getattr(ops, op.name))
 
 
 def assert_keeps_promise(op: OpSpec, data, dtype) -> None:
@@ -40,29 +30,25 @@ def assert_keeps_promise(op: OpSpec, data, dtype) -> None:
     assert not (found := complaints(op, getattr(ops, op.name), arguments, dtype)), found
 
 
+def assert_property(op: OpSpec, name: str, data, dtype) -> None:
+    """The property of the kit called ``name`` holds on an example that hypothesis draws for it."""
+    trials, source = PROPERTIES[name].trials(op), HypothesisDraw(data)
+    assert not isinstance(trials, str), f"{name} does not apply to {op.name}: {trials}"
+    draw, judge = source.choice(trials)
+    hypothesis.assume((arguments := draw(op, source, dtype)) is not None)
+    assert not (found := judge(ours(op), arguments, dtype)), found
+
+
 def run_with_gradients(op: OpSpec, arguments: dict) -> list[torch.Tensor]:
     """Outputs, then the gradient of each differentiable argument for fixed cotangents."""
-    inputs = op.leaves(arguments)
-    leaves = {
-        k: v.detach().clone().requires_grad_(k in inputs) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()
-    }
-    outputs = op.call(getattr(ops, op.name), leaves)
-    wanted = [o for o in outputs if o.requires_grad]
-    if not inputs or not wanted:
-        return list(outputs)
-    generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in wanted]
-    return [*outputs, *torch.autograd.grad(wanted, [leaves[k] for k in inputs], cotangents)]
+    outputs, gradients = ours(op).gradients(arguments)
+    return [*outputs, *gradients.values()]
 
 
 def assert_thread_count_does_not_matter(op: OpSpec, data, dtype) -> None:
     """1, 2 and 3 threads give the same bits, forward and backward; so does a second run."""
     arguments = op.draw(HypothesisDraw(data), dtype)
-    one = run_with_gradients(op, arguments)
-    for count in (1, 2, 3):
-        with threads(count):
-            again = run_with_gradients(op, arguments)
-        assert all(same_bits(a, b) for a, b in zip(one, again, strict=True)), f"{count} threads"
+    assert not (found := determinism(ours(op), arguments, dtype)), found
 
 
 def assert_gradcheck(op: OpSpec, seed: int) -> None:
@@ -84,19 +70,7 @@ def assert_opcheck(op: OpSpec, arguments_in_order: tuple) -> None:
 
 def assert_compiles(op: OpSpec, arguments: dict, other: dict) -> None:
     """torch.compile(fullgraph, dynamic) gives eager's bits on two token counts without a new graph."""
-    function = getattr(ops, op.name)
-    graphs = []
-
-    def backend(module, inputs):
-        graphs.append(module)
-        return module.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda **kw: function(**kw), fullgraph=True, dynamic=True, backend=backend)
-    for kw in (arguments, other):
-        got, want = as_tuple(compiled(**kw)), as_tuple(function(**kw))
-        assert all(same_bits(g, w) for g, w in zip(got, want, strict=True))
-    assert len(graphs) == 1, f"{len(graphs)} graphs for two token counts"
+    assert not (found := compiles_both(ours(op), arguments, other)), found
 
 
 def assert_exports(op: OpSpec, arguments: dict, dynamic: dict) -> None:

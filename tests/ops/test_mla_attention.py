@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from glm5 import _native, ops, reference
 from glm5.testing import RandomDraw, spec
-from glm5.testing.spec import complaints
+from glm5.testing.properties import complaints
 from tests.ops import properties
 
 ATTENTION, TARGET = spec("mla_attention"), spec("mla_attn_target")

@@ -22,6 +22,10 @@ class TestRouter:
     def test_thread_count_does_not_matter(self, isa):
         given(st.data())(lambda data: properties.assert_thread_count_does_not_matter(ROUTER, data, torch.float32))()
 
+    @pytest.mark.parametrize("name", ["ties", "nan"])
+    def test_chooses_among_ties_and_nan_as_the_reference(self, isa, name):
+        given(st.data())(lambda data: properties.assert_property(ROUTER, name, data, torch.float32))()
+
     def test_every_instruction_set_gives_the_same_bits(self):
         for seed in range(10):
             arguments = ROUTER.draw(RandomDraw(seed), torch.float32)

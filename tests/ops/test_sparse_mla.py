@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from glm5 import _native, ops, reference
 from glm5.testing import RandomDraw, relative_error, spec
-from glm5.testing.spec import complaints
+from glm5.testing.properties import complaints
 from tests.ops import properties
 from tests.ops.properties import same_bits
 

@@ -89,7 +89,7 @@ def test_build_goes_on_when_make_alone_is_killed(clone, make):
     python = clone / ".venv/bin/python"
     subprocess.run([python, "-m", "pip", "check"], check=True)
     subprocess.run([clone / ".venv/bin/glm5", "doctor"], check=True, stdout=subprocess.DEVNULL)
-    code = "import glm5._runtime, glm5.testing, sys; sys.exit(not glm5.testing.check('rms_norm', cases=2).ok)"
+    code = "import glm5._runtime, glm5.testing, sys; sys.exit(not glm5.testing.check('rms_norm', examples=2).ok)"
     subprocess.run([python, "-c", code], check=True)
     assert not list((clone / "python/glm5").glob(".*.so*")), "a temporary library was left behind"
     finish(make("build"), clone)

@@ -51,7 +51,7 @@ judged = []
 for name in sorted(set(glm5.ops.__all__)):
     for isa in _native.available_isas():
         with _native.using_cpu_isa(isa):
-            report = testing.check(name, cases=2)
+            report = testing.check(name, examples=2)
         assert report.ok, f"{isa}\n{report}"
     judged.append(name)
 assert [p.documents.tolist() for p in SequencePacker(8).pack([5, 6, 2])] == [[0], [1, 2]]

@@ -5,7 +5,8 @@ from functools import partial
 import torch
 
 from glm5 import reference
-from glm5.testing.spec import BUDGETS, OpSpec, register, relative_error, widened
+from glm5.testing.compare import BUDGETS, relative_error
+from glm5.testing.spec import OpSpec, register, widened
 from glm5.testing.topk_indices import draw_ranges
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
@@ -30,6 +31,17 @@ def _draw_logits(draw, dtype):
 
 def _draw_topk(draw, dtype):
     return {**_draw_logits(draw, dtype), "topk": draw.choice([0, 1, 16, 64, 400])}
+
+
+def _draw_ties(draw, dtype):
+    """Small whole numbers: every score is exact in float32, and most are shared by several keys."""
+    arguments = _draw_topk(draw, dtype)
+    for name in ("q", "k", "weights"):
+        value = arguments[name].float().sign() if name == "k" else arguments[name].float().round().clamp(-2, 2)
+        arguments[name] = value.to(arguments[name].dtype)
+    if arguments["k_scale"] is not None:
+        arguments["k_scale"] = torch.full_like(arguments["k_scale"], 0.5)
+    return arguments
 
 
 def valid_choice(logits, got, want, arguments, dtype):
@@ -82,6 +94,7 @@ register(
         dtypes=_DTYPES,
         compare=partial(valid_choice, reference.lightning_indexer_logits),
         outputs=("positions", "rows"),
+        ties=_draw_ties,
         **_ROWS,
     )
 )

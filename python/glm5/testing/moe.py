@@ -2,7 +2,8 @@
 
 import torch
 
-from glm5.testing.spec import OpSpec, register, relative_error
+from glm5.testing.compare import relative_error
+from glm5.testing.spec import OpSpec, register
 
 
 def _ids(draw, tokens, topk, experts, distinct=True, holes=False):
@@ -14,15 +15,12 @@ def _ids(draw, tokens, topk, experts, distinct=True, holes=False):
     return ids.masked_fill(torch.rand(tokens, topk, generator=generator) < 0.2, -1) if holes else ids
 
 
-def _draw_moe_router(draw, dtype):
+def _router_arguments(draw, dtype, logits_of):
     tokens, experts = draw.integer(0, 70), draw.choice([4, 12, 16, 256])
     num_groups = draw.choice([1, 1, 2, 4])
     topk_groups = draw.integer(1, num_groups)
     topk = draw.integer(1, min(8, experts // num_groups * topk_groups))
-    logits = draw.tensor(tokens, experts, dtype=dtype, scale=draw.choice([0.1, 1.0, 8.0]))
-    bias = draw.tensor(experts, dtype=dtype, scale=0.1)
-    if draw.choice([True, False]):  # a coarse grid: many exact ties
-        logits, bias = (logits * 2).round() / 2, torch.zeros_like(bias)
+    logits, bias = logits_of(draw.tensor(tokens, experts, dtype=dtype), draw.tensor(experts, dtype=dtype, scale=0.1))
     return {
         "logits": logits,
         "bias": bias,
@@ -34,6 +32,30 @@ def _draw_moe_router(draw, dtype):
         "scaling": draw.choice([1.0, 2.5]),
         "replay": _ids(draw, tokens, topk, experts) if draw.integer(0, 3) == 0 else None,
     }
+
+
+def _draw_moe_router(draw, dtype):
+    scale = draw.choice([0.1, 1.0, 8.0])
+    return _router_arguments(draw, dtype, lambda logits, bias: (logits * scale, bias))
+
+
+def _draw_moe_router_ties(draw, dtype):
+    """A coarse grid without bias, within which no two sigmoids are nearly equal."""
+    return _router_arguments(draw, dtype, lambda logits, _: ((logits * 2).round().clamp(-12, 12) / 2, torch.zeros_like(_)))
+
+
+def _draw_moe_router_special(draw, dtype):
+    """A few logits NaN or infinite, and whole rows of NaN."""
+    generator = torch.Generator().manual_seed(draw.integer(0, 2**31 - 1))
+
+    def special(logits, bias):
+        which = torch.randint(0, 20, logits.shape, generator=generator)
+        for i, value in enumerate([float("nan"), float("-inf"), float("inf")]):
+            logits[which == i] = value
+        logits[::5] = float("nan")
+        return logits, bias
+
+    return _router_arguments(draw, dtype, special)
 
 
 def _compare_moe_router(got, want, arguments, dtype):
@@ -54,6 +76,8 @@ register(
         compare=_compare_moe_router,
         rows=("logits", "replay"),
         outputs=("rows", "rows"),
+        ties=_draw_moe_router_ties,
+        special=_draw_moe_router_special,
     )
 )
 
@@ -67,7 +91,39 @@ def _draw_moe_permute(draw, dtype):
     }
 
 
-register(OpSpec("moe_permute", _draw_moe_permute, differentiable=("x",), rows=("x", "ids")))
+def _sorted_by_expert(got, want, arguments, dtype):
+    """Every choice has a slot of its own among its expert's; the order within an expert is the business of ``ties``."""
+    xp, row_of_slot, slot_of_row, group_ends = got
+    x, ids = arguments["x"], arguments["ids"]
+    if not torch.equal(group_ends, want[3]):
+        return ["group_ends: other than the reference's"]
+    if not torch.equal(slot_of_row < 0, ids < 0):
+        return ["slot_of_row: -1 elsewhere than in ids"]
+    slots, used = slot_of_row[ids >= 0].long(), want[1] >= 0
+    if not torch.equal(slots.sort().values, torch.arange(int(used.sum()))):
+        return ["slot_of_row: not every slot taken once"]
+    found = []
+    if not torch.equal(torch.searchsorted(group_ends, slots.int(), right=True).int(), ids[ids >= 0]):
+        found.append("slot_of_row: a slot among those of another expert")
+    if not torch.equal(row_of_slot[slots].long(), (ids >= 0).nonzero()[:, 0]) or not (row_of_slot[~used] == -1).all():
+        found.append("row_of_slot: not the inverse of slot_of_row, or not -1 behind the last slot")
+    rows = x[row_of_slot.long().clamp(min=0)] if len(x) else xp
+    if not torch.equal(xp[used], rows[used]) or (xp[~used] != 0).any():
+        found.append("xp: not the rows that row_of_slot names, or not 0 behind the last slot")
+    return found
+
+
+register(
+    OpSpec(
+        "moe_permute",
+        _draw_moe_permute,
+        differentiable=("x",),
+        compare=_sorted_by_expert,
+        rows=("x", "ids"),
+        outputs=("other",) * 4,
+        ties=_draw_moe_permute,
+    )
+)
 
 
 def _draw_moe_unpermute(draw, dtype):
