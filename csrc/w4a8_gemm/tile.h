@@ -1,0 +1,308 @@
+// One tile of the product on vectors: some rows, 32 columns, all groups. x comes in slots of four k, [slot][row].
+#pragma once
+
+#include "common/parallel.h"
+#include "w4a8_gemm/layout.h"
+
+namespace glm5::cpu::GLM5_ISA {
+namespace {
+
+constexpr int64_t kColumns = 2 * kBlock;
+
+GLM5_INLINE const float* scales_of(const Block& b, int64_t g) {
+  return reinterpret_cast<const float*>(b.data + (g + 1) * b.group_bytes - b.line_bytes);
+}
+
+#if GLM5_ISA_LEVEL == 2
+
+constexpr int64_t kMostRows = 12, kFewRows = 8;
+
+// Rows of the next tile of a product of m rows, `left` of which are still to be done.
+GLM5_INLINE int64_t tile_rows(int64_t m, int64_t left) {
+  if (m <= kFewRows) return m;
+  return left >= 12 ? 12 : left >= 8 ? 8 : left >= 4 ? 4 : left;
+}
+GLM5_INLINE bool reads_bytes(int64_t m, int64_t rows) { return m > kFewRows && rows >= 4; }
+
+GLM5_INLINE __m512i low_nibbles(__m512i both) { return _mm512_and_si512(both, _mm512_set1_epi8(15)); }
+GLM5_INLINE __m512i high_nibbles(__m512i both) { return low_nibbles(_mm512_srli_epi16(both, 4)); }
+
+// Bytes of a panel: of each line, low nibbles of both blocks, then high ones.
+void split(const W4A8Weight& w, const Block& b0, const Block& b1, uint8_t* out) {
+  const __mmask16 mask0 = first_n(b0.columns), mask1 = first_n(b1.columns);
+  const int64_t lines = group_lines(w);
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const uint8_t *p0 = b0.data + g * b0.group_bytes, *p1 = b1.data + g * b1.group_bytes;
+    for (int64_t line = 0; line < lines; ++line, p0 += b0.line_bytes, p1 += b1.line_bytes, out += 256) {
+      __builtin_prefetch(p0 + 2048);
+      __builtin_prefetch(p1 + 2048);
+      const __m512i both0 = _mm512_maskz_loadu_epi32(mask0, p0), both1 = _mm512_maskz_loadu_epi32(mask1, p1);
+      _mm512_store_si512(out, low_nibbles(both0));
+      _mm512_store_si512(out + 64, low_nibbles(both1));
+      _mm512_store_si512(out + 128, high_nibbles(both0));
+      _mm512_store_si512(out + 192, high_nibbles(both1));
+    }
+  }
+}
+
+GLM5_INLINE __m512i four_k(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return _mm512_set1_epi32(four);
+}
+
+template <int kRows, bool kBytes>
+__attribute__((noinline)) void run_tile(const W4A8Weight& w, const Block& b0, const Block& b1, const uint8_t* bytes,
+                                        const int8_t* x, const int32_t* sums, float* out) {
+  GLM5_COUNT_PATH(kBytes ? "w4a8 bytes" : "w4a8 nibbles");
+  const __mmask16 mask0 = first_n(b0.columns), mask1 = first_n(b1.columns);
+  const int64_t lines = group_lines(w), groups = w.groups;
+  // Sums of up to 128 bytes fit 16 bits: then one instruction multiplies them with the zero point.
+  const bool short_sums = w.group_size <= 128;
+  for (int64_t i = 0; i < kRows * 2; ++i) store(out + i * 16, splat<F>(0.f));
+  const uint8_t *p0 = b0.data, *p1 = b1.data;
+  for (int64_t g = 0; g < groups; ++g, sums += kRows) {
+    __m512i acc[kRows][2];
+    if (!w.zeros) {
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = _mm512_set1_epi32(sums[r]);
+    } else {
+      const __m512i zero0 = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask0, b0.zeros + g * b0.columns));
+      const __m512i zero1 = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask1, b1.zeros + g * b1.columns));
+      if (short_sums) {
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) {
+          const __m512i sum = _mm512_set1_epi32(sums[r]);
+          acc[r][0] = _mm512_madd_epi16(zero0, sum);
+          acc[r][1] = _mm512_madd_epi16(zero1, sum);
+        }
+      } else {
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) {
+          const __m512i sum = _mm512_set1_epi32(sums[r]);
+          acc[r][0] = _mm512_mullo_epi32(zero0, sum);
+          acc[r][1] = _mm512_mullo_epi32(zero1, sum);
+        }
+      }
+    }
+    for (int64_t line = 0; line < lines; ++line) {
+      __m512i low0, low1, high0, high1;
+      if constexpr (kBytes) {
+        low0 = _mm512_load_si512(bytes), low1 = _mm512_load_si512(bytes + 64);
+        high0 = _mm512_load_si512(bytes + 128), high1 = _mm512_load_si512(bytes + 192);
+        bytes += 256;
+      } else {
+        __builtin_prefetch(p0 + 2048);
+        __builtin_prefetch(p1 + 2048);
+        const __m512i both0 = _mm512_maskz_loadu_epi32(mask0, p0), both1 = _mm512_maskz_loadu_epi32(mask1, p1);
+        low0 = low_nibbles(both0), low1 = low_nibbles(both1);
+        high0 = high_nibbles(both0), high1 = high_nibbles(both1);
+        p0 += b0.line_bytes, p1 += b1.line_bytes;
+      }
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i four = four_k(x + 4 * r);
+        acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], low0, four);
+        acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], low1, four);
+      }
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i four = four_k(x + 4 * (kRows + r));
+        acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], high0, four);
+        acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], high1, four);
+      }
+      x += 8 * kRows;
+    }
+    const F scale0 = load_n(scales_of(b0, g), b0.columns), scale1 = load_n(scales_of(b1, g), b1.columns);
+    if constexpr (!kBytes) p0 += b0.line_bytes, p1 += b1.line_bytes;
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      float* row = out + r * kColumns;
+      store(row, fma(F{_mm512_cvtepi32_ps(acc[r][0])}, scale0, load(row)));
+      store(row + 16, fma(F{_mm512_cvtepi32_ps(acc[r][1])}, scale1, load(row + 16)));
+    }
+  }
+}
+
+// out [rows][32] = the sums over all groups; `bytes` from split, or null.
+GLM5_INLINE void multiply(const W4A8Weight& w, const Block& b0, const Block& b1, const uint8_t* bytes, const int8_t* x,
+                          const int32_t* sums, int64_t rows, float* out) {
+  if (bytes) {
+    if (rows == 12) run_tile<12, true>(w, b0, b1, bytes, x, sums, out);
+    else if (rows == 8) run_tile<8, true>(w, b0, b1, bytes, x, sums, out);
+    else run_tile<4, true>(w, b0, b1, bytes, x, sums, out);
+    return;
+  }
+  switch (rows) {
+    case 1:
+      return run_tile<1, false>(w, b0, b1, bytes, x, sums, out);
+    case 2:
+      return run_tile<2, false>(w, b0, b1, bytes, x, sums, out);
+    case 3:
+      return run_tile<3, false>(w, b0, b1, bytes, x, sums, out);
+    case 4:
+      return run_tile<4, false>(w, b0, b1, bytes, x, sums, out);
+    case 5:
+      return run_tile<5, false>(w, b0, b1, bytes, x, sums, out);
+    case 6:
+      return run_tile<6, false>(w, b0, b1, bytes, x, sums, out);
+    case 7:
+      return run_tile<7, false>(w, b0, b1, bytes, x, sums, out);
+    default:
+      return run_tile<8, false>(w, b0, b1, bytes, x, sums, out);
+  }
+}
+
+#else
+
+GLM5_INLINE bool reads_bytes(int64_t, int64_t) { return false; }
+GLM5_INLINE void split(const W4A8Weight&, const Block&, const Block&, uint8_t*) {}
+
+#if GLM5_ISA_LEVEL == 1
+
+constexpr int64_t kMostRows = 4;
+GLM5_INLINE int64_t tile_rows(int64_t, int64_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+
+// Adds to sums[row][16] of one group. Products of bytes are summed in 16 bits over 32 k at most: 16 times 15 * 128 fit.
+template <int kRows>
+GLM5_INLINE void add_group(const W4A8Weight& w, const Block& b, int64_t g, const int8_t* x, int32_t* sums) {
+  const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  const int64_t lines = group_lines(w);
+  for (int half = 0; half < 2 && b.columns > 8 * half; ++half) {
+    const __m256i mask = first_n(b.columns - 8 * half);
+    const uint8_t* p = b.data + g * b.group_bytes + 32 * half;
+    const int8_t* slots = x;
+    __m256i acc[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) acc[r] = _mm256_setzero_si256();
+    for (int64_t line = 0; line < lines;) {
+      __m256i part[kRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) part[r] = _mm256_setzero_si256();
+      for (const int64_t end = line + 4 < lines ? line + 4 : lines; line < end; ++line) {
+        const __m256i both = _mm256_maskload_epi32(reinterpret_cast<const int*>(p), mask);
+        const __m256i low = _mm256_and_si256(both, nibble), high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          int32_t four[2];
+          std::memcpy(&four[0], slots + 4 * r, 4);
+          std::memcpy(&four[1], slots + 4 * (kRows + r), 4);
+          part[r] = _mm256_add_epi16(part[r], _mm256_maddubs_epi16(low, _mm256_set1_epi32(four[0])));
+          part[r] = _mm256_add_epi16(part[r], _mm256_maddubs_epi16(high, _mm256_set1_epi32(four[1])));
+        }
+        p += b.line_bytes;
+        slots += 8 * kRows;
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) acc[r] = _mm256_add_epi32(acc[r], _mm256_madd_epi16(part[r], ones));
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      __m256i* out = reinterpret_cast<__m256i*>(sums + r * kBlock + 8 * half);
+      _mm256_storeu_si256(out, _mm256_add_epi32(_mm256_loadu_si256(out), acc[r]));
+    }
+  }
+}
+
+GLM5_INLINE F to_floats(const int32_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+
+#else
+
+constexpr int64_t kMostRows = 1;
+GLM5_INLINE int64_t tile_rows(int64_t, int64_t) { return 1; }
+
+// Adds to sums[16] of one group. A 16-bit lane holds two bytes of a column, four codes; 16 products of 15 * 128 at most fit
+// its 16 bits, those of four lines.
+template <int kRows>
+GLM5_INLINE void add_group(const W4A8Weight& w, const Block& b, int64_t g, const int8_t* x, int32_t* sums) {
+  typedef uint16_t Lanes __attribute__((vector_size(16)));
+  typedef int16_t Signed __attribute__((vector_size(16)));
+  const int64_t lines = group_lines(w);
+  const uint8_t* p = b.data + g * b.group_bytes;
+  for (int64_t line = 0; line < lines;) {
+    Lanes part[4] = {};
+    for (const int64_t end = line + 4 < lines ? line + 4 : lines; line < end; ++line, x += kLineK, p += b.line_bytes) {
+      Lanes both[4] = {};
+      if (b.columns == kBlock) std::memcpy(both, p, 64);
+      else std::memcpy(both, p, b.line_bytes);
+      Lanes x_at[4];  // of codes 0 and 2, 4 and 6, 1 and 3, 5 and 7
+      for (int i = 0; i < 4; ++i) {
+        const int first = (i & 1) * 4 + i / 2;
+        const uint16_t even = static_cast<uint16_t>(x[first]), odd = static_cast<uint16_t>(x[first + 2]);
+        x_at[i] = Lanes{even, odd, even, odd, even, odd, even, odd};
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+        part[i] += (both[i] & 15) * x_at[0] + (both[i] >> 4 & 15) * x_at[1] + (both[i] >> 8 & 15) * x_at[2] +
+                   (both[i] >> 12) * x_at[3];
+    }
+    for (int i = 0; i < 4; ++i) {
+      Signed wide;
+      std::memcpy(&wide, &part[i], 16);
+      for (int c = 0; c < 4; ++c) sums[4 * i + c] += wide[2 * c] + wide[2 * c + 1];
+    }
+  }
+}
+
+GLM5_INLINE F to_floats(const int32_t* p) {
+  F wide;
+  for (int i = 0; i < F::kLanes; ++i) wide.v[i] = static_cast<float>(p[i]);
+  return wide;
+}
+
+#endif
+
+// simd.h's fma rounds twice in the portable set; here it may not.
+GLM5_INLINE F fused(F a, F b, F c) {
+#if GLM5_ISA_LEVEL == 0
+  for (int i = 0; i < F::kLanes; ++i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+  return c;
+#else
+  return fma(a, b, c);
+#endif
+}
+
+template <int kRows>
+__attribute__((noinline)) void run_tile(const W4A8Weight& w, const Block& b0, const Block& b1, const int8_t* x,
+                                        const int32_t* sums, float* out) {
+  GLM5_COUNT_PATH("w4a8 nibbles");
+  for (int i = 0; i < kRows * kColumns; i += F::kLanes) store(out + i, splat<F>(0.f));
+  const int64_t group_slots = (w.group_size + 3) / 4 * 4 * kRows;
+  for (int64_t g = 0; g < w.groups; ++g, sums += kRows)
+    for (int half = 0; half < 2; ++half) {
+      const Block& b = half ? b1 : b0;
+      int32_t exact[kRows * kBlock] = {};
+      for (int r = 0; r < kRows; ++r)
+        for (int64_t c = 0; c < b.columns; ++c) exact[r * kBlock + c] = sums[r] * (w.zeros ? b.zeros[g * b.columns + c] : 1);
+      add_group<kRows>(w, b, g, x + g * group_slots, exact);
+      for (int64_t c = 0; c < b.columns; c += F::kLanes) {
+        const F scale = load_n(scales_of(b, g) + c, b.columns - c);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          float* row = out + r * kColumns + half * kBlock + c;
+          store(row, fused(to_floats(exact + r * kBlock + c), scale, load(row)));
+        }
+      }
+    }
+}
+
+GLM5_INLINE void multiply(const W4A8Weight& w, const Block& b0, const Block& b1, const uint8_t*, const int8_t* x,
+                          const int32_t* sums, int64_t rows, float* out) {
+  switch (rows) {
+#if GLM5_ISA_LEVEL == 1
+    case 4:
+      return run_tile<4>(w, b0, b1, x, sums, out);
+    case 2:
+      return run_tile<2>(w, b0, b1, x, sums, out);
+#endif
+    default:
+      return run_tile<1>(w, b0, b1, x, sums, out);
+  }
+}
+
+#endif
+
+}  // namespace
+}  // namespace glm5::cpu::GLM5_ISA
