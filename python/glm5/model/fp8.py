@@ -14,7 +14,6 @@ from glm5.model.config import Glm5Config
 
 BLOCK = 128
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
-_LARGEST = 448.0  # of e4m3
 _told = False
 
 
@@ -23,28 +22,16 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return *shape[:-2], -(-shape[-2] // BLOCK), -(-shape[-1] // BLOCK)
 
 
-def _spread(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """scale [..., blocks, blocks] -> one value an element of ``shape``."""
-    return scale.repeat_interleave(BLOCK, -2)[..., : shape[-2], :].repeat_interleave(BLOCK, -1)[..., : shape[-1]]
-
-
 def dequantize_fp8(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """weight [..., N, K] float8_e4m3fn, scale [..., ceil(N/128), ceil(K/128)] in one of SCALE_DTYPES -> [..., N, K]: the
     float32 product, rounded once to ``dtype``."""
-    return (weight.to(torch.float32) * _spread(scale.float(), weight.shape)).to(dtype)
+    through = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    return ops.dequantize_fp8(weight, scale.float(), (BLOCK, BLOCK), through).to(dtype)
 
 
 def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight [..., N, K] -> (float8_e4m3fn [..., N, K], float32 scales [..., ceil(N/128), ceil(K/128)]).
-
-    Each block's largest magnitude becomes 448; a block of zeros has scale 1.
-    """
-    rows, columns = weight.shape[-2:]
-    padded = nn.functional.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # [..., row block, row, column block, column]
-    scale = blocks.abs().amax((-3, -1)) / _LARGEST
-    scale = torch.where(scale == 0, 1.0, scale)
-    return (weight.float() / _spread(scale, weight.shape)).to(torch.float8_e4m3fn), scale
+    """weight [..., N, K] -> (float8_e4m3fn [..., N, K], float32 scales [..., ceil(N/128), ceil(K/128)])."""
+    return ops.quantize_fp8(weight if weight.dtype == torch.bfloat16 else weight.float(), (BLOCK, BLOCK))
 
 
 def _tell_once() -> None:
