@@ -6,6 +6,7 @@ no values are needed to see it, where a model is traced. Gradients exist once: a
 MemoryError names the op whose working memory could not be had.
 """
 
+from glm5.ops.fp8_gemm import fp8_gemm, fp8_grouped_gemm
 from glm5.ops.hadamard import rotate_hadamard
 from glm5.ops.indexer_kl import indexer_kl_loss, lightning_indexer_kl
 from glm5.ops.lightning_indexer import lightning_indexer_logits, lightning_indexer_topk
@@ -34,6 +35,8 @@ __all__ = [
     "dequantize_fp8",
     "dequantize_int4",
     "fake_quantize_int4",
+    "fp8_gemm",
+    "fp8_grouped_gemm",
     "grouped_linear",
     "indexer_kl_loss",
     "layer_norm",

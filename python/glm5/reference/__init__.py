@@ -3,6 +3,7 @@
 Slow on purpose and free of tricks; any float dtype, float64 included. Kernel authors test against these.
 """
 
+from glm5.reference.fp8_gemm import fp8_gemm, fp8_grouped_gemm
 from glm5.reference.hadamard import rotate_hadamard
 from glm5.reference.indexer_kl import indexer_kl_loss, lightning_indexer_kl
 from glm5.reference.lightning_indexer import lightning_indexer_logits, lightning_indexer_topk
@@ -31,6 +32,8 @@ __all__ = [
     "dequantize_fp8",
     "dequantize_int4",
     "fake_quantize_int4",
+    "fp8_gemm",
+    "fp8_grouped_gemm",
     "grouped_linear",
     "indexer_kl_loss",
     "layer_norm",

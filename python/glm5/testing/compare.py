@@ -13,6 +13,8 @@ BUDGETS = {
         torch.float8_e4m3fn: (1e-6, 0.0),
         torch.int8: (1e-6, 0.0),
     },
+    # Products of quantised matrices, against those of the dequantised ones; by the output's dtype.
+    "quantized": {torch.bfloat16: (2.5e-3, 0.0), torch.float32: (1e-4, 0.0)},
     "softmax": {torch.bfloat16: (3e-3, 5e-3), torch.float32: (5e-6, 5e-6), torch.float64: (1e-13, 1e-12)},
 }
 
