@@ -60,12 +60,27 @@ def backward_case(queries: int, keys: int) -> Case:
     )  # fmt: skip
 
 
+def paged_case(queries: int, keys: int, page: int = 16) -> Case:
+    q, k, _, weights, ks, ke = inputs(queries, keys)
+    order = torch.randperm(keys // page, generator=torch.Generator().manual_seed(0))
+    cache = torch.empty(keys // page, page, k.shape[1], dtype=k.dtype)
+    cache[order] = k.view(-1, page, k.shape[1])
+    paged = q, weights, cache, order.int()[None], torch.zeros_like(ks), ks, ke, TOPK
+    return Case(
+        f"lightning_indexer_topk_paged bf16 {queries} x {keys}, pages of {page}",
+        lambda: ops.lightning_indexer_topk_paged(*paged),
+        lambda: ops.lightning_indexer_topk(q, k, None, weights, ks, ke, TOPK),
+        peer_name="lightning_indexer_topk",
+    )  # fmt: skip
+
+
 def cases(quick: bool):
     yield logits_case(256, 8192, goal_ratio=2.0)
     yield logits_case(256, 8192, isa="avx512", goal_share=0.92)
     yield logits_case(1, 32768)
     yield logits_case(256, 8192, dtype=torch.float8_e4m3fn)
     yield topk_case(256, 8192)
+    yield paged_case(256, 8192)
     yield backward_case(128, 4096)
     if quick:
         return

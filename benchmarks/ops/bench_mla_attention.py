@@ -75,6 +75,22 @@ def target_case(tokens: int, heads: int, dim: int) -> Case:
     )  # fmt: skip
 
 
+def paged_case(queries: int, context: int, heads: int = 64, dim: int = 576, d_v: int = 512, page: int = 64) -> Case:
+    """Dense decoding in the absorbed form."""
+    q, kv = torch.randn(queries, heads, dim).to(bf16), torch.randn(context, dim).to(bf16)
+    order = torch.randperm(context // page, generator=torch.Generator().manual_seed(0))
+    cache = torch.empty(context // page, page, dim, dtype=bf16)
+    cache[order] = kv.view(-1, page, dim)
+    ke = torch.arange(context - queries + 1, context + 1, dtype=torch.int32)
+    paged = q, cache, order.int()[None], torch.zeros_like(ke), torch.zeros_like(ke), ke, dim**-0.5, d_v
+    return Case(
+        f"mla_attention_paged bf16 {queries} x {context} H={heads} {dim}/{d_v}, pages of {page}",
+        lambda: ops.mla_attention_paged(*paged),
+        lambda: torch.softmax((q.view(-1, dim) @ kv.T) * dim**-0.5, -1) @ kv[:, :d_v],
+        peer_name="torch products, no mask", work=2.0 * heads * (dim + d_v) * int(ke.sum()), peak="bf16",
+    )  # fmt: skip
+
+
 def cases(quick: bool):
     yield forward_case(2048, 2, 256)
     yield forward_case(8192, 2, 256, goal_ratio=1.8)
@@ -84,6 +100,8 @@ def cases(quick: bool):
     yield target_case(2048, 4, 256)
     if not quick:
         yield training_case(2048, 2048, 2, 256, 256)
+    yield paged_case(1, 8192)
+    yield paged_case(64, 8192)
 
 
 def prepare(queries: int, keys: int, backward: bool):

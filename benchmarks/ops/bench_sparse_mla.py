@@ -65,11 +65,25 @@ def target_case(heads: int, dim: int, d_v: int, topk: int, queries: int, keys: i
     )  # fmt: skip
 
 
+def paged_case(heads: int, dim: int, d_v: int, topk: int, queries: int, keys: int, page: int = 16) -> Case:
+    q, kv, indices = inputs(queries, keys, heads, dim, topk)
+    order = torch.randperm(keys // page, generator=torch.Generator().manual_seed(0))
+    cache = torch.empty(keys // page, page, dim, dtype=bf16)
+    cache[order] = kv.view(-1, page, dim)
+    paged = q, cache, order.int()[None], torch.zeros(queries, dtype=torch.int32), indices, dim**-0.5, d_v
+    return Case(
+        f"sparse_mla_paged bf16 H={heads} {dim}/{d_v} topk={topk} keys={keys}, pages of {page}",
+        lambda: ops.sparse_mla_paged(*paged), lambda: ops.sparse_mla(q, kv, indices, dim**-0.5, d_v), peer_name="sparse_mla",
+        work=2.0 * queries * topk * heads * (dim + d_v), peak="bf16",
+    )  # fmt: skip
+
+
 def cases(quick: bool):
     """Every case of the family, built one at a time."""
     has = _native.available_isas()
     shape = {"dim": 576, "d_v": 512, "topk": 2048, "queries": 16 if quick else 64, "keys": 32768}
     yield forward_case(64, **shape)
+    yield paged_case(64, **shape)
     yield forward_case(16, **shape)
     yield forward_case(4, 96, 64, 128, 2048, 8192)
     if "avx512" in has:

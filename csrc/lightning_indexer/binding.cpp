@@ -1,5 +1,6 @@
 // Schemas, argument checks and dispatch of the lightning indexer.
 #include "lightning_indexer/inputs.h"
+#include "lightning_indexer/paged.h"
 
 // bf16 and e4m3 on AMX have kernels of their own; the rest goes the common way.
 #if defined(__x86_64__)
@@ -81,6 +82,19 @@ std::tuple<Tensor, Tensor, Tensor> lightning_indexer_logits_backward(const Tenso
   return {dq, dk, dweights};
 }
 
+std::tuple<Tensor, Tensor> lightning_indexer_topk_paged(const Tensor& q, const Tensor& weights, const Tensor& cache,
+                                                        const Tensor& block_table, const Tensor& sequence, const Tensor& ks,
+                                                        const Tensor& ke, int64_t topk) {
+  struct Call {
+    LightningIndexerArgs args;
+    bool is_float64;
+  };
+  return topk_of_pages(q, weights, cache, block_table, sequence, ks, ke, topk, [](const LightningIndexerArgs& args) {
+    const Call one{args, args.dtype == static_cast<int>(Dtype::float64)};
+    GLM5_CALL_INDEXER_KERNEL(lightning_indexer_topk, one);
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
@@ -90,6 +104,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
       "lightning_indexer_topk(Tensor q, Tensor k, Tensor? k_scale, Tensor weights, Tensor ks, Tensor ke, int topk) -> "
       "(Tensor indices, Tensor lse)");
   m.def(
+      "lightning_indexer_topk_paged(Tensor q, Tensor weights, Tensor cache, Tensor block_table, Tensor sequence, Tensor ks, "
+      "Tensor ke, int topk) -> (Tensor indices, Tensor lse)");
+  m.def(
       "lightning_indexer_logits_backward(Tensor grad, Tensor q, Tensor k, Tensor weights, Tensor ks, Tensor ke, "
       "Tensor? indices=None) -> (Tensor dq, Tensor dk, Tensor dweights)");
 }
@@ -98,6 +115,7 @@ STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) {
   GLM5_IMPL(m, lightning_indexer_logits);
   GLM5_IMPL(m, lightning_indexer_selected_logits);
   GLM5_IMPL(m, lightning_indexer_topk);
+  GLM5_IMPL(m, lightning_indexer_topk_paged);
   GLM5_IMPL(m, lightning_indexer_logits_backward);
 }
 

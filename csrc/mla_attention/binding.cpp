@@ -5,6 +5,7 @@
 
 #include "common/checks.h"
 #include "mla_attention/mla_attention.h"
+#include "mla_attention/paged.h"
 
 // bf16 on AMX has kernels of its own; the rest goes the common way.
 #if defined(__x86_64__)
@@ -67,6 +68,7 @@ void add_values(const char* op, MlaAttentionArgs& args, const Tensor& v, const T
   check_size(op, "v", v, 1, args.heads, "the heads of q");
   if (v.size(2) < 1) fail(op, ": v has shape ", shape_of(v), ", want a non-empty last dimension");
   args.dv = v.size(2);
+  args.v_stride = args.heads * args.dv;
   args.v = v.const_data_ptr();
 }
 
@@ -95,10 +97,11 @@ struct Tiles {
   std::vector<MlaRowTile> tiles;
   std::vector<int32_t> order;
 
-  explicit Tiles(MlaAttentionArgs& args) {
+  // `most_rows` a tile, if less than the kernel's own number.
+  explicit Tiles(MlaAttentionArgs& args, int64_t most_rows = std::numeric_limits<int64_t>::max()) {
     std::vector<int64_t> costs;
     const bool amx = args.dtype == static_cast<int>(Dtype::bf16) && current_isa() == Isa::amx;
-    const int64_t most_rows = amx ? kMlaForwardRowsAmx : kMlaForwardRows;
+    most_rows = std::min(most_rows, amx ? kMlaForwardRowsAmx : kMlaForwardRows);
     bool has_keys = false;
     for (int64_t row = 0; row < args.num_queries; ++row) {
       const int64_t ks = args.ks[row], ke = args.ke[row];
@@ -191,6 +194,17 @@ std::tuple<Tensor, Tensor> mla_attention(const Tensor& q_in, const Tensor& k_in,
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor> mla_attention_paged(const Tensor& q, const Tensor& cache, const Tensor& block_table,
+                                               const Tensor& sequence, const Tensor& ks, const Tensor& ke, double scale,
+                                               int64_t d_v) {
+  return attend_to_paged_ranges(q, cache, block_table, sequence, ks, ke, scale, d_v, [](MlaAttentionArgs& args) {
+    // Rows enough for every thread, whole tiles of them.
+    const int64_t share = (args.num_queries + num_threads() - 1) / num_threads();
+    const Tiles tiles(args, std::max<int64_t>(16, (share + 15) / 16 * 16));
+    GLM5_CALL_MLA_KERNEL(mla_attention_forward, args);
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor> mla_attention_backward(const Tensor& dout_in, const std::optional<Tensor>& dlse_in,
                                                           const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
                                                           const Tensor& lse_in, const Tensor& ks_in, const Tensor& ke_in,
@@ -247,6 +261,9 @@ Tensor mla_attn_target(const Tensor& q_in, const Tensor& k_in, const Tensor& lse
 STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
   m.def("mla_attention(Tensor q, Tensor k, Tensor v, Tensor ks, Tensor ke, float scale) -> (Tensor out, Tensor lse)");
   m.def(
+      "mla_attention_paged(Tensor q, Tensor cache, Tensor block_table, Tensor sequence, Tensor ks, Tensor ke, float scale, "
+      "int d_v) -> (Tensor out, Tensor lse)");
+  m.def(
       "mla_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor ks, Tensor ke, "
       "float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def("mla_attn_target(Tensor q, Tensor k, Tensor lse, Tensor ks, Tensor ke, float scale) -> Tensor");
@@ -254,6 +271,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) {
   GLM5_IMPL(m, mla_attention);
+  GLM5_IMPL(m, mla_attention_paged);
   GLM5_IMPL(m, mla_attention_backward);
   GLM5_IMPL(m, mla_attn_target);
 }

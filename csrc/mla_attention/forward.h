@@ -123,7 +123,7 @@ void forward_tile(const MlaAttentionArgs& a, const MlaRowTile& tile, int64_t hea
   using V = Vector<T>;
   using S = Acc<T>;
   constexpr int L = V::kLanes;
-  const int64_t rows = tile.end - tile.begin, q_stride = a.heads * a.dk, v_stride = a.heads * a.dv;
+  const int64_t rows = tile.end - tile.begin, q_stride = a.heads * a.dk, out_stride = a.heads * a.dv;
   Carver count{nullptr};
   ForwardScratch<T>(count, a, rows);
   Carver carver{static_cast<char*>(thread_scratch(0, count.used))};
@@ -137,9 +137,9 @@ void forward_tile(const MlaAttentionArgs& a, const MlaRowTile& tile, int64_t hea
   for (int64_t block = 0; block < tile.ke - tile.ks; block += kKeyBlock) {
     const int64_t first_key = tile.ks + block, width = smaller(kKeyBlock, tile.ke - first_key);
     const T* keys = static_cast<const T*>(a.k) + first_key * q_stride + head * a.dk;
-    const T* values = static_cast<const T*>(a.v) + first_key * v_stride + head * a.dv;
+    const T* values = static_cast<const T*>(a.v) + first_key * a.v_stride + head * a.dv;
     pack_transposed(s.k, panel_stride<E>(a.dk), keys, q_stride, width, a.dk);
-    pack_rows(s.v, panel_stride<E>(kKeyBlock), values, v_stride, width, a.dv);
+    pack_rows(s.v, panel_stride<E>(kKeyBlock), values, a.v_stride, width, a.dv);
     for (int64_t first = 0; first < rows; first += kGroupRows) {
       Group<T> g(a, tile, first, rows, first_key, width);
       if (g.most == 0) continue;
@@ -153,7 +153,7 @@ void forward_tile(const MlaAttentionArgs& a, const MlaRowTile& tile, int64_t hea
 
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = tile.begin + r;
-    T* out = static_cast<T*>(a.out) + row * v_stride + head * a.dv;
+    T* out = static_cast<T*>(a.out) + row * out_stride + head * a.dv;
     S* lse = static_cast<S*>(a.lse) + row * a.heads + head;
     if (s.total[r] == 0) {  // no key, or every score -inf
       for (int64_t i = 0; i < a.dv; ++i) out[i] = T{};

@@ -243,7 +243,7 @@ void add_values_in_tiles(const TileScratch& s, const Shape& shape, const MlaAtte
   for (int64_t r = 0; r < g.count; ++r) {
     const int64_t n = g.num_keys[r];
     if (n == 0) continue;
-    pack_rows<bf16, bf16, kTile>(s.seen, kKeyBlock * kTile, g.values, a.heads * a.dv, n, a.dv);
+    pack_rows<bf16, bf16, kTile>(s.seen, kKeyBlock * kTile, g.values, a.v_stride, n, a.dv);
     for (int64_t j = 0; j < shape.v_tiles; ++j) {
       float* out = group_out + r / kTile * row_tile + j * 256;
       std::memcpy(s.one, out, 256 * sizeof(float));
@@ -262,7 +262,7 @@ struct PackedBlocks {
 
 // Packs keys [key, key + width) of a head, and their values. Whether the values are finite.
 bool pack_block(const MlaAttentionArgs& a, const Shape& shape, int64_t head, int64_t key, int64_t width, bf16* k, bf16* v) {
-  const int64_t k_stride = a.heads * a.dk, v_stride = a.heads * a.dv;
+  const int64_t k_stride = a.heads * a.dk, v_stride = a.v_stride;
   const bf16* values = static_cast<const bf16*>(a.v) + key * v_stride + head * a.dv;
   pack_transposed<bf16, bf16, kTile>(k, shape.k_steps * kTileElements,
                                      static_cast<const bf16*>(a.k) + key * k_stride + head * a.dk, k_stride, width, a.dk);
@@ -344,7 +344,7 @@ void forward_tile(const MlaAttentionArgs& a, const Shape& shape, const MlaRowTil
       }
       if (g.most == 0) continue;
       g.first_block = block == 0, g.finite = finite, g.packed_values = values;
-      g.values = static_cast<const bf16*>(a.v) + (key * a.heads + head) * a.dv;
+      g.values = static_cast<const bf16*>(a.v) + key * a.v_stride + head * a.dv;
       g.scores = s.scores[parity], g.p = s.p[parity];
       add_scores(s, shape, g, keys, &softmax);
       softmax.finish();

@@ -30,7 +30,8 @@ struct MlaAttentionArgs {
   double scale;
   const void* q;               // [num_queries, heads, dk]
   const void* k;               // [num_keys, heads, dk]
-  const void* v;               // [num_keys, heads, dv]
+  const void* v;               // [num_keys, heads, dv], a key's v_stride elements behind the one before
+  int64_t v_stride;            // heads * dv, but where v is a part of k (forward alone)
   const int32_t* ks;           // [num_queries]
   const int32_t* ke;           // [num_queries]
   const MlaRowTile* tiles;     // every row is in exactly one

@@ -3,6 +3,7 @@
 
 #include "common/checks.h"
 #include "sparse_mla/bf16.h"
+#include "sparse_mla/paged.h"
 
 // Calls the kernel of the set in force, where there are tiles for bf16 the one that uses them.
 #if defined(__x86_64__)
@@ -134,10 +135,19 @@ Tensor sparse_mla_attn_target(const Tensor& q, const Tensor& kv, const Tensor& i
   return target;
 }
 
+std::tuple<Tensor, Tensor> sparse_mla_paged(const Tensor& q, const Tensor& cache, const Tensor& block_table,
+                                            const Tensor& sequence, const Tensor& indices, double scale, int64_t d_v) {
+  return attend_to_pages(q, cache, block_table, sequence, indices, scale, d_v,
+                         [](const SparseMlaArgs& args) { GLM5_CALL_SPARSE_MLA(sparse_mla_forward, args); });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
   m.def("sparse_mla(Tensor q, Tensor kv, Tensor indices, float scale, int d_v) -> (Tensor out, Tensor lse)");
+  m.def(
+      "sparse_mla_paged(Tensor q, Tensor cache, Tensor block_table, Tensor sequence, Tensor indices, float scale, int d_v) "
+      "-> (Tensor out, Tensor lse)");
   m.def(
       "sparse_mla_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor kv, Tensor indices, Tensor lse, float scale) "
       "-> (Tensor dq, Tensor dkv)");
@@ -146,6 +156,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glm5, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(glm5, CPU, m) {
   GLM5_IMPL(m, sparse_mla);
+  GLM5_IMPL(m, sparse_mla_paged);
   GLM5_IMPL(m, sparse_mla_backward);
   GLM5_IMPL(m, sparse_mla_attn_target);
 }

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from glm5 import _native, ops, reference
 from glm5.testing import RandomDraw, check, relative_error, spec
 from tests.ops import properties
+from tests.ops.paged import BAD_PAGES, KE, KS, PAGE_SIZES, SEQUENCE, changed, elsewhere, indexer_layout
 from tests.ops.properties import same_bits
 
 LOGITS, TOPK = spec("lightning_indexer_logits"), spec("lightning_indexer_topk")
@@ -397,3 +398,123 @@ def test_more_bad_input():
         properties.assert_refused(
             ValueError, "grad has shape", torch.ops.glm5.lightning_indexer_logits_backward, grad, Q, K, W, ROW, ROW, indices
         )
+
+
+PAGED = spec("lightning_indexer_topk_paged")
+FORMS = {"bf16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64, "e4m3": torch.float8_e4m3fn}
+
+
+def paged_arguments(page_size, form, heads=5, topk=20, **layout):
+    layout = indexer_layout(page_size, form, **layout)
+    draw = RandomDraw(1)
+    real = torch.float64 if form == "float64" else torch.float32
+    arguments = {
+        "q": draw.tensor(8, heads, layout.dim).to(FORMS[form]),
+        "weights": draw.tensor(8, heads, dtype=real),
+        **layout.table,
+        "sequence": SEQUENCE,
+        "ks": KS,
+        "ke": KE,
+        "topk": topk,
+    }
+    return arguments, layout
+
+
+@DTYPES
+class TestPaged:
+    def test_keeps_its_promise(self, isa, dtype):
+        given(st.data())(lambda data: properties.assert_keeps_promise(PAGED, data, dtype))()
+
+    def test_thread_count_does_not_matter(self, isa, dtype):
+        given(st.data())(lambda data: properties.assert_thread_count_does_not_matter(PAGED, data, dtype))()
+
+
+@PAGE_SIZES
+@pytest.mark.parametrize("form", FORMS)
+def test_pages_give_the_bits_of_keys_in_a_row(isa, form, page_size):
+    for heads, dim in ((5, 40), (32, 64)) if form != "float64" else ((5, 40),):
+        arguments, layout = paged_arguments(page_size, form, heads=heads, dim=dim)
+        indices, lse = ops.lightning_indexer_topk_paged(**arguments)
+        for t, s in enumerate(SEQUENCE.tolist()):
+            k, k_scale = layout.keys(s)
+            row = [arguments[name][t : t + 1] for name in ("q", "weights", "ks", "ke")]
+            want = ops.lightning_indexer_topk(row[0], k, k_scale, *row[1:], 20)
+            assert same_bits(indices[t : t + 1], want[0]) and same_bits(lse[t : t + 1], want[1]), t
+        for seed, threads in ((1, 1), (2, 2), (3, 3)):
+            with properties.threads(threads):
+                moved = ops.lightning_indexer_topk_paged(**elsewhere(arguments, layout, seed))
+            assert same_bits(moved[0], indices) and same_bits(moved[1], lse)
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
+        rows = {name: arguments[name][order] for name in PAGED.rows}
+        mixed = ops.lightning_indexer_topk_paged(**{**arguments, **rows})
+        assert same_bits(mixed[0], indices[order]) and same_bits(mixed[1], lse[order])
+
+
+@pytest.mark.parametrize("form", ["bf16", "e4m3"])
+def test_many_queries_of_a_long_sequence_in_pages(isa, form):
+    """Strips of queries, key blocks shared by threads, and more sequences than threads."""
+    layout = indexer_layout(16, form, lengths=(5000, *[90] * 9))
+    sequence = int32([0] * 70 + list(range(10)))
+    ke = int32(torch.where(sequence == 0, 5000 - torch.arange(80), 90))
+    ks = int32(torch.arange(80) % 3 * 7)
+    q, weights = torch.randn(80, 4, 40).to(FORMS[form]), torch.randn(80, 4)
+    k, k_scale = layout.keys(0)
+    first = slice(0, 70)
+    want = ops.lightning_indexer_topk(q[first], k, k_scale, weights[first], ks[first], ke[first], 300)
+    for count in (1, 2, 3):
+        with properties.threads(count):
+            got = ops.lightning_indexer_topk_paged(q, weights, **layout.table, sequence=sequence, ks=ks, ke=ke, topk=300)
+        assert all(same_bits(g[first], w) for g, w in zip(got, want, strict=True))
+
+
+def test_gaps_between_the_windows_of_neighbours_are_not_read(isa):
+    """Two queries of one sequence see its ends; the pages between are gone."""
+    layout = indexer_layout(7, "bf16", shared=0)
+    k, _ = layout.keys(3)
+    table = layout.pages.block_table
+    table[3, 2:40] = int32([-1, 2**31 - 1, -7] * 12 + [5, 2])
+    ks, ke = int32([0, 290]), int32([10, 300])
+    q, weights = torch.randn(2, 4, 40).bfloat16(), torch.randn(2, 4)
+    args = q, weights, layout.pages.cache, table, int32([3, 3])
+    for count in (1, 2):
+        with properties.threads(count):
+            got = ops.lightning_indexer_topk_paged(*args, ks, ke, 30)
+        assert all(map(same_bits, got, ops.lightning_indexer_topk(q, k, None, weights, ks, ke, 30)))
+
+
+def test_paged_opcheck_compile_export():
+    arguments, _ = paged_arguments(16, "bf16")  # torch's own checks cannot multiply e4m3
+    properties.assert_opcheck(PAGED, tuple(arguments.values()))
+    arguments, _ = paged_arguments(16, "e4m3")
+    other = {**arguments, **{name: torch.cat([arguments[name]] * 2) for name in ("q", "weights", "sequence", "ks", "ke")}}
+    properties.assert_compiles(PAGED, arguments, other)
+    dynamic = dict.fromkeys(("q", "weights", "sequence", "ks", "ke"), {0: torch.export.Dim("tokens")})
+    properties.assert_exports(PAGED, arguments, dynamic)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        *BAD_PAGES,
+        ({"q": lambda q: q.half()}, "q has dtype"),
+        ({"q": lambda q: q[0]}, "q has shape"),
+        ({"weights": lambda w: w.double()}, "weights has dtype"),
+        ({"weights": lambda w: w[:, 1:]}, "weights has shape"),
+        ({"ks": lambda ks: ks[1:]}, "ks has shape"),
+        ({"ke": lambda ke: ke.float()}, "ke has dtype"),
+        ({"topk": lambda k: -1}, "topk is -1"),
+        ({"ks": lambda ks: ks - 1}, "ks is -1 for query 0"),
+        ({"ke": lambda ke: ke + 10**6}, "ke is 1000300 for query 0"),
+        (
+            {"block_table": lambda b: b.clone().index_fill_(1, torch.tensor(9), 99999)},
+            r"block_table\[3, 9\] is 99999, want 0",
+        ),
+        ({"block_table": lambda b: b.clone().index_fill_(1, torch.tensor(9), -1)}, r"block_table\[3, 9\] is -1, want 0"),
+    ],
+)
+@pytest.mark.parametrize("form", ["bf16", "e4m3"])
+def test_paged_bad_input(change, words, form):
+    arguments = changed(paged_arguments(16, form)[0], change)
+    properties.assert_refused(
+        ValueError, f"lightning_indexer_topk_paged: {words}", ops.lightning_indexer_topk_paged, **arguments
+    )

@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm5 import _native, ops, reference
-from glm5.testing import RandomDraw, spec
+from glm5.testing import RandomDraw, same_bits, spec
 from glm5.testing.properties import complaints
 from tests.ops import properties
+from tests.ops.paged import BAD_PAGES, KE, KS, PAGE_SIZES, SEQUENCE, changed, elsewhere, latent_layout
 
 ATTENTION, TARGET = spec("mla_attention"), spec("mla_attn_target")
 OPS = pytest.mark.parametrize("op", [ATTENTION, TARGET], ids=lambda op: op.name)
@@ -460,3 +461,97 @@ def test_bad_input_of_the_backward(name, value, words):
     good |= {"ke": torch.full((3,), 5, dtype=torch.int32), "scale": 1.0}
     torch.ops.glm5.mla_attention_backward(*good.values())
     properties.assert_refused(ValueError, words, torch.ops.glm5.mla_attention_backward, *{**good, name: value}.values())
+
+
+PAGED = spec("mla_attention_paged")
+
+
+def paged_arguments(page_size, form, heads=3, **layout):
+    layout = latent_layout(page_size, form, **layout)
+    dtype = layout.pages.cache.dtype if form != "fp8" else torch.bfloat16
+    arguments = {
+        "q": RandomDraw(1).tensor(8, heads, layout.dim, dtype=dtype),
+        **layout.table,
+        "sequence": SEQUENCE,
+        "ks": KS,
+        "ke": KE,
+        "scale": layout.dim**-0.5,
+        "d_v": layout.dim - 7,
+    }
+    return arguments, layout
+
+
+@pytest.mark.parametrize("dtype", PAGED.dtypes, ids=["bf16", "float32"])
+class TestPaged:
+    def test_keeps_its_promise(self, isa, dtype):
+        given(st.data())(lambda data: properties.assert_keeps_promise(PAGED, data, dtype))()
+
+    def test_thread_count_does_not_matter(self, isa, dtype):
+        given(st.data())(lambda data: properties.assert_thread_count_does_not_matter(PAGED, data, dtype))()
+
+
+@PAGE_SIZES
+@pytest.mark.parametrize("form", ["bf16", "float32", "float64", "fp8"])
+def test_pages_give_the_bits_of_expanded_rows(isa, form, page_size):
+    for heads in (3, 40) if form != "float64" else (3,):
+        arguments, layout = paged_arguments(page_size, form, heads=heads)
+        got = ops.mla_attention_paged(**arguments)
+        for t, s in enumerate(SEQUENCE.tolist()):
+            k = layout.rows(s)[:, None].expand(-1, heads, -1)
+            q, ks, ke = (arguments[name][t : t + 1] for name in ("q", "ks", "ke"))
+            want = ops.mla_attention(q, k, k[..., : arguments["d_v"]], ks, ke, arguments["scale"])
+            assert same_bits(got[0][t : t + 1], want[0]) and same_bits(got[1][t : t + 1], want[1]), t
+        for seed, count in ((1, 1), (2, 2), (3, 3)):
+            with properties.threads(count):
+                moved = ops.mla_attention_paged(**elsewhere(arguments, layout, seed))
+            assert all(map(same_bits, moved, got))
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
+        mixed = ops.mla_attention_paged(**{**arguments, **{name: arguments[name][order] for name in PAGED.rows}})
+        assert all(same_bits(m, g[order]) for m, g in zip(mixed, got, strict=True))
+
+
+def test_more_rows_than_are_gathered_at_a_time(isa):
+    layout = latent_layout(64, "bf16", dim=8, lengths=(40000, 30000, 50), shared=0)
+    q = torch.randn(4, 2, 8).bfloat16()
+    sequence, ks = torch.tensor([0, 1, 1, 2], dtype=torch.int32), torch.tensor([0, 0, 29000, 3], dtype=torch.int32)
+    ke = torch.tensor([40000, 30000, 29990, 50], dtype=torch.int32)
+    got = ops.mla_attention_paged(q, **layout.table, sequence=sequence, ks=ks, ke=ke, scale=0.3, d_v=8)
+    for t, s in enumerate(sequence.tolist()):
+        k = layout.rows(s)[:, None].expand(-1, 2, -1)
+        row = slice(t, t + 1)
+        want = ops.mla_attention(q[row], k, k, ks[row], ke[row], 0.3)
+        assert same_bits(got[0][row], want[0]) and same_bits(got[1][row], want[1])
+
+
+def test_paged_opcheck_compile_export():
+    for form in ("float32", "fp8"):
+        arguments, _ = paged_arguments(16, form)
+        properties.assert_opcheck(PAGED, tuple(arguments.values()))
+    other = {**arguments, **{name: torch.cat([arguments[name]] * 2) for name in ("q", "sequence", "ks", "ke")}}
+    properties.assert_compiles(PAGED, arguments, other)
+    dynamic = dict.fromkeys(("q", "sequence", "ks", "ke"), {0: torch.export.Dim("tokens")})
+    properties.assert_exports(PAGED, arguments, dynamic)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        *BAD_PAGES,
+        ({"q": lambda q: q.half()}, "q has dtype"),
+        ({"q": lambda q: q[0]}, "q has shape"),
+        ({"ks": lambda ks: ks[1:]}, "ks has shape"),
+        ({"ke": lambda ke: ke.float()}, "ke has dtype"),
+        ({"d_v": lambda d: 1000}, "d_v is 1000"),
+        ({"scale": lambda s: float("nan")}, "scale is nan"),
+        ({"ks": lambda ks: ks - 1}, "ks is -1 for query 0"),
+        ({"ke": lambda ke: ke + 10**6}, "ke is 1000300 for query 0"),
+        (
+            {"block_table": lambda b: b.clone().index_fill_(1, torch.tensor(9), 99999)},
+            r"block_table\[3, 9\] is 99999, want 0",
+        ),
+    ],
+)
+@pytest.mark.parametrize("form", ["bf16", "fp8"])
+def test_paged_bad_input(change, words, form):
+    arguments = changed(paged_arguments(16, form)[0], change)
+    properties.assert_refused(ValueError, f"mla_attention_paged: {words}", ops.mla_attention_paged, **arguments)

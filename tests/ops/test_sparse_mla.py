@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from glm5 import _native, ops, reference
 from glm5.testing import RandomDraw, relative_error, spec
 from glm5.testing.properties import complaints
+from glm5.testing.sparse_mla import draw_indices
 from tests.ops import properties
+from tests.ops.paged import BAD_PAGES, PAGE_SIZES, SEQUENCE, changed, elsewhere, latent_layout
 from tests.ops.properties import same_bits
 
 SPARSE_MLA, TARGET = spec("sparse_mla"), spec("sparse_mla_attn_target")
@@ -390,3 +392,109 @@ def test_backward_names_a_dout_of_the_wrong_width():
             torch.zeros(2, 1),
             1.0,
         )
+
+
+PAGED = spec("sparse_mla_paged")
+FORMS = pytest.mark.parametrize("form", ["bf16", "float32", "float64", "fp8"])
+
+
+def paged_arguments(page_size, form, heads=6, topk=40, **layout):
+    """Eight queries of ``SEQUENCE`` with lists of up to topk positions, holes among them."""
+    layout = latent_layout(page_size, form, **layout)
+    dtype = layout.pages.cache.dtype if form != "fp8" else torch.bfloat16
+    draw, lists = RandomDraw(1), []
+    for s in SEQUENCE.tolist():
+        lists.append(draw_indices(draw, 1, layout.pages.lengths[s], topk))
+    arguments = {
+        "q": draw.tensor(8, heads, layout.dim, dtype=dtype),
+        **layout.table,
+        "sequence": SEQUENCE,
+        "indices": torch.cat(lists),
+        "scale": layout.dim**-0.5,
+        "d_v": layout.dim - 7,
+    }
+    return arguments, layout
+
+
+@DTYPES
+class TestPaged:
+    def test_keeps_its_promise(self, isa, dtype):
+        given(st.data())(lambda data: properties.assert_keeps_promise(PAGED, data, dtype))()
+
+    def test_thread_count_does_not_matter(self, isa, dtype):
+        given(st.data())(lambda data: properties.assert_thread_count_does_not_matter(PAGED, data, dtype))()
+
+
+@PAGE_SIZES
+@FORMS
+def test_pages_give_the_bits_of_rows_in_a_row(isa, form, page_size):
+    for heads, topk in ((6, 130), (64, 70)) if form != "float64" else ((6, 130),):
+        arguments, layout = paged_arguments(page_size, form, heads=heads, topk=topk)
+        got = ops.sparse_mla_paged(**arguments)
+        rest = arguments["scale"], arguments["d_v"]
+        for t, s in enumerate(SEQUENCE.tolist()):
+            row = slice(t, t + 1)
+            want = ops.sparse_mla(arguments["q"][row], layout.rows(s), arguments["indices"][row], *rest)
+            assert same_bits(got[0][row], want[0]) and same_bits(got[1][row], want[1]), t
+        for seed, count in ((1, 1), (2, 2), (3, 3)):
+            with threads(count):
+                moved = ops.sparse_mla_paged(**elsewhere(arguments, layout, seed))
+            assert all(map(same_bits, moved, got))
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
+        mixed = ops.sparse_mla_paged(**{**arguments, **{name: arguments[name][order] for name in PAGED.rows}})
+        assert all(same_bits(m, g[order]) for m, g in zip(mixed, got, strict=True))
+
+
+def test_fp8_rows_of_many_queries_are_read_in_chunks(isa):
+    """More rows than are read at a time."""
+    layout = latent_layout(16, "fp8", dim=576, lengths=(900,))
+    q = torch.randn(20, 2, 576).bfloat16()
+    indices = torch.stack([torch.randperm(900)[:850].sort().values for _ in range(20)]).int()
+    indices[3, 5:9] = indices[7, 400:] = -1
+    got = ops.sparse_mla_paged(
+        q, **layout.table, sequence=torch.zeros(20, dtype=torch.int32), indices=indices, scale=0.05, d_v=512
+    )
+    assert all(map(same_bits, got, ops.sparse_mla(q, layout.rows(0), indices, 0.05, 512)))
+
+
+@pytest.mark.parametrize("heads", [1, 4, 16, 20, 36, 64, 128])
+def test_heads_of_one_row_may_be_tasks(isa, heads):
+    """One row in bf16 is cut over threads by heads."""
+    arguments = example(queries=1, keys=900, heads=heads, topk=800, dtype=torch.bfloat16)
+    one = ops.sparse_mla(**arguments)
+    for count in (2, 3, 8):
+        with threads(count):
+            assert all(map(same_bits, one, ops.sparse_mla(**arguments))), count
+
+
+def test_paged_opcheck_compile_export():
+    for form in ("float32", "fp8"):
+        arguments, _ = paged_arguments(16, form)
+        properties.assert_opcheck(PAGED, tuple(arguments.values()))
+    other = {**arguments, **{name: torch.cat([arguments[name]] * 2) for name in ("q", "sequence", "indices")}}
+    properties.assert_compiles(PAGED, arguments, other)
+    dynamic = dict.fromkeys(("q", "sequence", "indices"), {0: torch.export.Dim("tokens")})
+    properties.assert_exports(PAGED, arguments, dynamic)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        *BAD_PAGES,
+        ({"q": lambda q: q.half()}, "q has dtype"),
+        ({"q": lambda q: q.double()}, ".* has dtype"),
+        ({"q": lambda q: q[0]}, "q has shape"),
+        ({"indices": lambda i: i.long()}, "indices has dtype"),
+        ({"indices": lambda i: i[1:]}, "indices has shape"),
+        ({"d_v": lambda d: 0}, "d_v is 0"),
+        ({"d_v": lambda d: 1000}, "d_v is 1000"),
+        ({"scale": lambda s: INF}, "scale is inf"),
+        ({"indices": lambda i: i.clone().index_fill_(0, torch.tensor(2), -2)}, r"indices\[2, 0\] is -2, want -1 .* 0 to"),
+        ({"indices": lambda i: i.clone().index_fill_(0, torch.tensor(2), 10**6)}, r"indices\[2, 0\] is 1000000, want"),
+        ({"block_table": lambda b: b.clone().fill_(99999)}, r"block_table\[\d, \d+\] is 99999, want 0 to"),
+    ],
+)
+@pytest.mark.parametrize("form", ["bf16", "fp8"])
+def test_paged_bad_input(change, words, form):
+    arguments = changed(paged_arguments(16, form)[0], change)
+    properties.assert_refused(ValueError, f"sparse_mla_paged: {words}", ops.sparse_mla_paged, **arguments)

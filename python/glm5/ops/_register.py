@@ -117,6 +117,21 @@ def not_differentiable(*ops: str) -> None:
         _library.impl(op, torch.library.fallthrough_kernel, "Autograd")
 
 
+def writes_into(op: str, argument: str) -> None:
+    """Says that ``op`` changes ``argument`` in place and that no gradient goes through it: autograd, which may have kept the
+    tensor for a backward, is told that it has another version."""
+    packet = getattr(torch.ops.glm5, op).default
+    place = [a.name for a in packet._schema.arguments].index(argument)
+
+    def new_version(keyset, *args):
+        torch.autograd.graph.increment_version(args[place])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return packet.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    not_differentiable(op)
+    _library.impl(op, new_version, "ADInplaceOrView", with_keyset=True)
+
+
 def differentiable_once(*ops: str) -> None:
     """Says that ``ops``, which compute gradients, have none themselves: asking for one raises RuntimeError."""
     for op in ops:

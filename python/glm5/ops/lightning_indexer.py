@@ -7,7 +7,9 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_integers, want_tensors
-from glm5.ops._register import accumulator, differentiable_once, fake, not_differentiable, want_that
+from glm5.ops._register import accumulator, compiled, differentiable_once, fake, not_differentiable, want_that
+
+_topk_paged = compiled("lightning_indexer_topk_paged")
 
 
 def lightning_indexer_logits(
@@ -73,6 +75,49 @@ def lightning_indexer_topk(
     return torch.ops.glm5.lightning_indexer_topk(q, k, k_scale, weights, ks, ke, topk)
 
 
+def lightning_indexer_topk_paged(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    sequence: torch.Tensor,
+    ks: torch.Tensor,
+    ke: torch.Tensor,
+    topk: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``lightning_indexer_topk`` over keys in pages, bit for bit: decoding and chunked prefill of many sequences.
+
+    Key s of a sequence lies in place s % page_size of page ``block_table[sequence, s // page_size]``. Keys are multiplied
+    where they lie; nothing is as large as the pool or as a sequence's keys.
+
+    Args:
+        q: [Tq, H, D], bfloat16, float32, float64 or float8_e4m3fn. Queries of one sequence should be neighbours.
+        weights: [Tq, H] float32 (float64 for float64); softmax scale, q's scale and the like are folded in by the caller.
+        cache: pages of keys as ``indexer_cache_write`` fills them, [pages, page_size, D] in q's dtype, contiguous
+            (else it is copied first); uint8 [pages, page_size, D + 4] for float8_e4m3fn.
+        block_table: int32 [sequences, n], pages in the order of a sequence's positions. Entries of positions that no query
+            sees may hold anything; so may the pages and places that none sees. Sequences may share pages.
+        sequence: int32 [Tq], each query's row of block_table.
+        ks, ke: int32 [Tq], the positions [ks, ke) of its sequence that each query sees; empty where ks >= ke.
+        topk: how many keys, >= 0; it may exceed the positions.
+
+    Returns:
+        indices, int32 [Tq, topk], positions in the query's sequence, ascending, padded with -1; and lse [Tq], as in
+        ``lightning_indexer_topk``. No gradient.
+
+    Raises:
+        TypeError: an argument is not a tensor, topk not an integer.
+        ValueError: wrong dtype, shape or device; topk < 0; a sequence that is no row of
+            block_table; a range that leaves its positions; a page that a query sees and that is not in cache.
+    """
+    want_tensors(
+        "lightning_indexer_topk_paged", q=q, weights=weights, cache=cache, block_table=block_table, sequence=sequence,
+        ks=ks, ke=ke,
+    )  # fmt: skip
+    want_integers("lightning_indexer_topk_paged", topk=topk)
+    return _topk_paged(q, weights, cache, block_table, sequence, ks, ke, topk)
+
+
 _INPUTS = {"q": "float [Tq, H, D]", "k": "q [Tk, D]", "weights": "sum(q) [Tq, H]"}
 _SCORED = _INPUTS | {"q": "float/e4m3 [Tq, H, D]", "k_scale": "float32 [Tk]", "ks": "int32 [Tq]", "ke": "int32 [Tq]"}
 
@@ -103,6 +148,22 @@ def _(q, k, k_scale, weights, ks, ke, topk):
 
 
 @fake(
+    "lightning_indexer_topk_paged",
+    q="float/e4m3 [Tq, H, D]",
+    cache=lambda arguments: "uint8 [P, S+, W]" if arguments["q"].dtype == torch.float8_e4m3fn else "q [P, S+, D]",
+    weights="sum(q) [Tq, H]",
+    block_table="int32 [sequences, n]",
+    **{name: "int32 [Tq]" for name in ("sequence", "ks", "ke")},
+)
+def _(q, weights, cache, block_table, sequence, ks, ke, topk):
+    op = "lightning_indexer_topk_paged"
+    want_that(topk >= 0, op, "topk is", topk, "a number >= 0")
+    if cache.dtype == torch.uint8:
+        want_that(cache.shape[2] == q.shape[2] + 4, op, "cache has shape", cache.shape, "4 bytes more than the dims of q")
+    return q.new_empty((q.shape[0], topk), dtype=torch.int32), q.new_empty((q.shape[0],), dtype=accumulator(q))
+
+
+@fake(
     "lightning_indexer_logits_backward",
     **_INPUTS,
     ks="int32 [Tq]",
@@ -127,7 +188,7 @@ def _backward(ctx, grad):
 
 torch.library.register_autograd("glm5::lightning_indexer_logits", _backward, setup_context=_setup_context)
 differentiable_once("lightning_indexer_logits_backward")
-not_differentiable("lightning_indexer_topk", "lightning_indexer_selected_logits")
+not_differentiable("lightning_indexer_topk", "lightning_indexer_topk_paged", "lightning_indexer_selected_logits")
 
 
 # Autocast casts q and k, the operands of the matrix product; weights stay as they are, so register_autocast, which casts

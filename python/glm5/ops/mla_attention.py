@@ -6,8 +6,11 @@ Projecting latents to per-head keys and values is the model's business; the spar
 import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
-from glm5.ops._checks import want_tensors
-from glm5.ops._register import accumulator, differentiable_once, fake, not_differentiable, want_finite
+from glm5.ops._checks import want_integers, want_tensors
+from glm5.ops._pages import latent_pool, want_latent_rows
+from glm5.ops._register import accumulator, compiled, differentiable_once, fake, not_differentiable, want_finite, want_that
+
+_mla_attention_paged = compiled("mla_attention_paged")
 
 
 def mla_attention(
@@ -40,6 +43,50 @@ def mla_attention(
     """
     want_tensors("mla_attention", q=q, k=k, v=v, ks=ks, ke=ke)
     return torch.ops.glm5.mla_attention(q, k, v, ks, ke, scale)
+
+
+def mla_attention_paged(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    sequence: torch.Tensor,
+    ks: torch.Tensor,
+    ke: torch.Tensor,
+    scale: float,
+    d_v: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense attention over latent rows in pages, in the absorbed form: decoding where the context is short, or dense.
+
+    The bits of ``mla_attention(q, k, k[..., :d_v], ks, ke, scale)``, k being the sequence's latent rows given to every head.
+    Position s of a sequence lies in place s % page_size of page ``block_table[sequence, s // page_size]``. Working memory:
+    the latent rows that neighbouring queries see, up to 65,536 at a time or those of one sequence.
+
+    Args:
+        q: [Tq, H, Dk], absorbed queries, bfloat16, float32 or float64; bfloat16 alone for FP8 pages. Queries of one
+            sequence should be neighbours.
+        cache: pages of latent rows as ``latent_cache_write`` fills them, [pages, page_size, Dk] in q's dtype, contiguous
+            (else it is copied first); or uint8 for FP8 (656 bytes a row of 512 + 64 dims), whose rows are read as bfloat16.
+        block_table: int32 [sequences, n], pages in the order of a sequence's positions. Entries of positions that no query
+            sees may hold anything; so may the pages and places that none sees. Sequences may share pages.
+        sequence: int32 [Tq], each query's row of block_table.
+        ks, ke: int32 [Tq], the positions [ks, ke) of its sequence that each query sees; empty where ks >= ke.
+        scale: factor of the scores, finite.
+        d_v: dims of the value, 1 to Dk.
+
+    Returns:
+        out [Tq, H, d_v] and lse [Tq, H] as in ``mla_attention``. No gradient.
+
+    Raises:
+        TypeError: an argument is not a tensor, d_v not an integer.
+        ValueError: wrong dtype, shape or device; d_v out of range; scale not finite; a
+            sequence that is no row of block_table; a range that leaves its positions; a page that a query sees and that is
+            not in cache.
+    """
+    want_tensors(
+        "mla_attention_paged", q=q, cache=cache, block_table=block_table, sequence=sequence, ks=ks, ke=ke
+    )  # fmt: skip
+    want_integers("mla_attention_paged", d_v=d_v)
+    return _mla_attention_paged(q, cache, block_table, sequence, ks, ke, scale, d_v)
 
 
 def mla_attn_target(
@@ -75,6 +122,22 @@ def _(q, k, v, ks, ke, scale):
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[0], q.shape[1], dtype=accumulator(q))
 
 
+@fake(
+    "mla_attention_paged",
+    q=lambda arguments: f"{'bfloat16' if arguments['cache'].dtype == torch.uint8 else 'float'} [Tq, H+, Dk+]",
+    cache=latent_pool("q", "Dk"),
+    block_table="int32 [sequences, n]",
+    **{name: "int32 [Tq]" for name in ("sequence", "ks", "ke")},
+)
+def _(q, cache, block_table, sequence, ks, ke, scale, d_v):
+    op = "mla_attention_paged"
+    want_finite(op, "scale", scale)
+    want_latent_rows(op, cache, q.shape[2])
+    for bound in (d_v >= 1, d_v <= q.shape[2]):
+        want_that(bound, op, "d_v is", d_v, f"1 to {q.shape[2]} (the dim of q and cache)")
+    return q.new_empty(q.shape[0], q.shape[1], d_v), q.new_empty(q.shape[0], q.shape[1], dtype=accumulator(q))
+
+
 @fake("mla_attention_backward", **_INPUTS, lse="sum(q) [Tq, H]", dlse="sum(q) [Tq, H]", dout="q [Tq, H, Dv]")
 def _(dout, dlse, q, k, v, lse, ks, ke, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -105,5 +168,5 @@ def _backward(ctx, dout, dlse):
 
 torch.library.register_autograd("glm5::mla_attention", _backward, setup_context=_setup_context)
 differentiable_once("mla_attention_backward")
-not_differentiable("mla_attn_target")
+not_differentiable("mla_attn_target", "mla_attention_paged")
 torch.library.register_autocast("glm5::mla_attention", "cpu", torch.bfloat16)

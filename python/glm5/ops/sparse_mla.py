@@ -7,9 +7,11 @@ import torch
 
 from glm5 import _native  # noqa: F401  (registers the ops)
 from glm5.ops._checks import want_integers, want_tensors
+from glm5.ops._pages import latent_pool, want_latent_rows
 from glm5.ops._register import accumulator, compiled, differentiable_once, fake, not_differentiable, want_finite, want_that
 
 _sparse_mla = compiled("sparse_mla")
+_sparse_mla_paged = compiled("sparse_mla_paged")
 
 
 def sparse_mla(
@@ -40,6 +42,47 @@ def sparse_mla(
     want_tensors("sparse_mla", q=q, kv=kv, indices=indices)
     want_integers("sparse_mla", d_v=d_v)
     return _sparse_mla(q, kv, indices, scale, d_v)
+
+
+def sparse_mla_paged(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    sequence: torch.Tensor,
+    indices: torch.Tensor,
+    scale: float,
+    d_v: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``sparse_mla`` over latent rows in pages, bit for bit: decoding and chunked prefill of many sequences.
+
+    Position s of a sequence lies in place s % page_size of page ``block_table[sequence, s // page_size]``. Working memory:
+    the slots of the lists, and for FP8 pages the selected rows of a few queries.
+
+    Args:
+        q: [Tq, H, Dk], bfloat16, float32 or float64; bfloat16 alone for FP8 pages.
+        cache: pages of latent rows as ``latent_cache_write`` fills them, [pages, page_size, Dk] in q's dtype, contiguous
+            (else it is copied first); or uint8 for FP8 (656 bytes a row of 512 + 64 dims), whose rows are read as bfloat16.
+        block_table: int32 [sequences, n], pages in the order of a sequence's positions. Entries of positions that no query
+            sees may hold anything; so may the pages and places that none sees. Sequences may share pages.
+        sequence: int32 [Tq], each query's row of block_table.
+        indices: int32 [Tq, topk], positions of the query's sequence; -1 selects nothing. Rows are processed in list order.
+        scale: factor of the scores, finite.
+        d_v: dims of the value, 1 to Dk.
+
+    Returns:
+        out [Tq, H, d_v] and lse [Tq, H] as in ``sparse_mla``. No gradient.
+
+    Raises:
+        TypeError: an argument is not a tensor, d_v not an integer.
+        ValueError: wrong dtype, shape or device; d_v out of range; scale not finite; a
+            sequence that is no row of block_table; an index below -1 or beyond its positions; a page that a query selects
+            from and that is not in cache.
+    """
+    want_tensors(
+        "sparse_mla_paged", q=q, cache=cache, block_table=block_table, sequence=sequence, indices=indices
+    )  # fmt: skip
+    want_integers("sparse_mla_paged", d_v=d_v)
+    return _sparse_mla_paged(q, cache, block_table, sequence, indices, scale, d_v)
 
 
 def sparse_mla_attn_target(
@@ -75,6 +118,23 @@ def _(q, kv, indices, scale, d_v):
     return q.new_empty(q.shape[0], q.shape[1], d_v), q.new_empty(q.shape[0], q.shape[1], dtype=accumulator(q))
 
 
+@fake(
+    "sparse_mla_paged",
+    q=lambda arguments: f"{'bfloat16' if arguments['cache'].dtype == torch.uint8 else 'float'} [Tq, H+, Dk+]",
+    cache=latent_pool("q", "Dk"),
+    indices="int32 [Tq, topk]",
+    block_table="int32 [sequences, n]",
+    sequence="int32 [Tq]",
+)
+def _(q, cache, block_table, sequence, indices, scale, d_v):
+    op = "sparse_mla_paged"
+    want_finite(op, "scale", scale)
+    want_latent_rows(op, cache, q.shape[2])
+    for bound in (d_v >= 1, d_v <= q.shape[2]):
+        want_that(bound, op, "d_v is", d_v, f"1 to {q.shape[2]} (the dim of q and cache)")
+    return q.new_empty(q.shape[0], q.shape[1], d_v), q.new_empty(q.shape[0], q.shape[1], dtype=accumulator(q))
+
+
 @fake("sparse_mla_backward", **_INPUTS, lse="sum(q) [Tq, H]", dlse="sum(q) [Tq, H]", dout="q [Tq, H, d_v+]")
 def _(dout, dlse, q, kv, indices, lse, scale):
     want_that(dout.shape[2] <= q.shape[2], "sparse_mla_backward", "dout has shape", dout.shape, "at most the columns of kv")
@@ -106,5 +166,5 @@ def _backward(ctx, dout, dlse):
 
 torch.library.register_autograd("glm5::sparse_mla", _backward, setup_context=_setup_context)
 differentiable_once("sparse_mla_backward")
-not_differentiable("sparse_mla_attn_target")
+not_differentiable("sparse_mla_attn_target", "sparse_mla_paged")
 torch.library.register_autocast("glm5::sparse_mla", "cpu", torch.bfloat16)

@@ -3,6 +3,7 @@
 import torch
 
 from glm5.reference._precision import softmax_and_lse, wide, within
+from glm5.reference.cache import latent_cache_read, slots_of
 from glm5.reference.sparse_mla import normalised_head_sum
 
 
@@ -23,6 +24,34 @@ def mla_attention(
         return torch.einsum("qhk,hkd->qhd", probabilities, values).to(q.dtype), lse
     terms = (probabilities[..., None] * values[None]).masked_fill(~valid[..., None], 0)
     return terms.sum(2).to(q.dtype), lse
+
+
+def mla_attention_paged(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    sequence: torch.Tensor,
+    ks: torch.Tensor,
+    ke: torch.Tensor,
+    scale: float,
+    d_v: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``mla_attention`` of each query over positions [ks, ke) of its sequence: every head's key is the latent row in a cache
+    of ``latent_cache_write``, its value the first d_v dims.
+
+    block_table [sequences, pages] int32, sequence [Tq] int32 its rows. FP8 rows are read as bfloat16.
+    """
+    out = q.new_zeros(*q.shape[:2], d_v)
+    lse = torch.full(q.shape[:2], float("inf"), dtype=torch.promote_types(q.dtype, torch.float32))
+    for t in range(q.shape[0]):
+        seen = torch.arange(ks[t], max(ke[t], ks[t]))
+        if not len(seen):
+            continue
+        rows = latent_cache_read(cache, slots_of(block_table, int(sequence[t]), seen, cache.shape[1]))
+        k = rows[:, None].expand(-1, q.shape[1], -1)
+        whole = ks.new_tensor([0]), ks.new_tensor([len(seen)])
+        out[t : t + 1], lse[t : t + 1] = mla_attention(q[t : t + 1], k, k[..., :d_v], *whole, scale)
+    return out, lse
 
 
 def mla_attn_target(

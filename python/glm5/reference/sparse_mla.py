@@ -3,6 +3,7 @@
 import torch
 
 from glm5.reference._precision import softmax_and_lse, wide
+from glm5.reference.cache import latent_cache_read, slots_of
 
 
 def _scores(q, kv, indices, scale):
@@ -28,6 +29,31 @@ def sparse_mla(
     scores, rows, valid = _scores(q, kv, indices, scale)
     probabilities, lse = softmax_and_lse(scores, valid)
     return torch.einsum("qhk,qkd->qhd", probabilities, rows[..., :d_v]).to(q.dtype), lse
+
+
+def sparse_mla_paged(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    sequence: torch.Tensor,
+    indices: torch.Tensor,
+    scale: float,
+    d_v: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``sparse_mla`` of each query on positions ``indices`` [Tq, topk] of its sequence in a cache of ``latent_cache_write``.
+
+    block_table [sequences, pages] int32, sequence [Tq] int32 its rows. FP8 rows are read as bfloat16.
+    """
+    out = q.new_zeros(*q.shape[:2], d_v)
+    lse = torch.full(q.shape[:2], float("inf"), dtype=torch.promote_types(q.dtype, torch.float32))
+    for t in range(q.shape[0]):
+        listed = indices[t][indices[t] != -1]
+        if not len(listed):
+            continue
+        rows = latent_cache_read(cache, slots_of(block_table, int(sequence[t]), listed, cache.shape[1]))
+        here = torch.arange(len(listed), dtype=torch.int32)[None]
+        out[t : t + 1], lse[t : t + 1] = sparse_mla(q[t : t + 1], rows, here, scale, d_v)
+    return out, lse
 
 
 def sparse_mla_attn_target(

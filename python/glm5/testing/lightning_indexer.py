@@ -5,6 +5,8 @@ from functools import partial
 import torch
 
 from glm5 import reference
+from glm5.reference.cache import indexer_rows, slots_of
+from glm5.testing.cache import draw_lengths, draw_positions, draw_sequences, fill_pages, lay_pages
 from glm5.testing.compare import BUDGETS, relative_error
 from glm5.testing.spec import OpSpec, register, widened
 from glm5.testing.topk_indices import draw_ranges
@@ -96,5 +98,52 @@ register(
         outputs=("positions", "rows"),
         ties=_draw_ties,
         **_ROWS,
+    )
+)
+
+
+def _draw_topk_paged(draw, dtype):
+    fp8 = dtype == torch.float8_e4m3fn
+    heads, dim = draw.choice([3, 1, 4, 32]), draw.choice([16, 1, 33, 128])
+    pages = lay_pages(
+        draw_lengths(draw), draw.choice([16, 1, 7, 64]), dim + 4 if fp8 else dim, torch.uint8 if fp8 else dtype,
+        seed=draw.integer(0, 2**31 - 1), shared=draw.choice([0, 0, 2]),
+    )  # fmt: skip
+    fill_pages(pages, dim, torch.float32 if fp8 else dtype, False, draw)
+    queries = draw.choice([3, 0, 1, 9])
+    sequence = draw_sequences(draw, queries, pages)
+    ks, ke = draw_positions(draw, sequence, pages)
+    return {
+        "q": draw.tensor(queries, heads, dim, scale=draw.choice([0.1, 1.0])).clamp(-400, 400).to(dtype),
+        "weights": draw.tensor(queries, heads, dtype=torch.float64 if dtype == torch.float64 else torch.float32),
+        "cache": pages.cache,
+        "block_table": pages.block_table,
+        "sequence": sequence,
+        "ks": ks,
+        "ke": ke,
+        "topk": draw.choice([16, 0, 1, 200]),
+    }
+
+
+def _paged_logits(q, weights, cache, block_table, sequence, ks, ke):
+    """[Tq, positions] scores of each query's keys, -inf elsewhere."""
+    scores = torch.full((q.shape[0], block_table.shape[1] * cache.shape[1]), float("-inf"), dtype=torch.float64)
+    for t, (s, first, last) in enumerate(zip(*(x.tolist() for x in (sequence, ks, ke)), strict=True)):
+        if first < last:
+            k, k_scale = indexer_rows(cache, slots_of(block_table, s, torch.arange(first, last), cache.shape[1]))
+            row, whole = slice(t, t + 1), (ks.new_zeros(1), ks.new_full((1,), last - first))
+            scores[t, first:last] = reference.lightning_indexer_logits(q[row], k, k_scale, weights[row], *whole)
+    return scores
+
+
+register(
+    OpSpec(
+        "lightning_indexer_topk_paged",
+        _draw_topk_paged,
+        budget="scores",
+        dtypes=_DTYPES,
+        compare=partial(valid_choice, _paged_logits),
+        rows=("q", "weights", "sequence", "ks", "ke"),
+        outputs=("rows", "rows"),
     )
 )

@@ -2,6 +2,7 @@
 
 import torch
 
+from glm5.testing.cache import draw_latent_pages, draw_lengths, draw_positions, draw_sequences
 from glm5.testing.spec import OpSpec, register
 
 
@@ -76,5 +77,33 @@ register(
         keys=("k",),
         positions=("ks", "ke"),
         outputs=("columns",),
+    )
+)
+
+
+def _draw_mla_attention_paged(draw, dtype):
+    pages, dim = draw_latent_pages(draw, dtype, draw_lengths(draw))
+    queries = draw.choice([3, 0, 1, 9])
+    sequence = draw_sequences(draw, queries, pages)
+    ks, ke = draw_positions(draw, sequence, pages)
+    return {
+        "q": draw.tensor(queries, draw.choice([1, 3, 20]), dim, dtype=dtype, scale=draw.choice([0.3, 1.5])),
+        "cache": pages.cache,
+        "block_table": pages.block_table,
+        "sequence": sequence,
+        "ks": ks,
+        "ke": ke,
+        "scale": dim**-0.5,
+        "d_v": draw.choice([dim, max(1, dim - dim // 4)]),
+    }
+
+
+register(
+    OpSpec(
+        "mla_attention_paged",
+        _draw_mla_attention_paged,
+        budget="softmax",
+        rows=("q", "sequence", "ks", "ke"),
+        outputs=("rows", "rows"),
     )
 )

@@ -2,6 +2,7 @@
 
 import torch
 
+from glm5.testing.cache import draw_latent_pages, draw_lengths, draw_sequences
 from glm5.testing.spec import OpSpec, register
 
 
@@ -46,6 +47,22 @@ def _draw_sparse_mla_attn_target(draw, dtype):
     return {**arguments, "lse": lse.to(wide)}
 
 
+def _draw_sparse_mla_paged(draw, dtype):
+    pages, dim = draw_latent_pages(draw, dtype, draw_lengths(draw))
+    queries, topk = draw.integer(0, 5), draw.choice([7, 0, 1, 65, 130])
+    sequence = draw_sequences(draw, queries, pages)
+    lists = [draw_indices(draw, 1, pages.lengths[s], topk) for s in sequence.tolist()]
+    return {
+        "q": draw.tensor(queries, draw.choice([1, 3, 16, 20]), dim, dtype=dtype, scale=draw.choice([0.3, 1.5])),
+        "cache": pages.cache,
+        "block_table": pages.block_table,
+        "sequence": sequence,
+        "indices": torch.cat([*lists, torch.zeros(0, topk, dtype=torch.int32)]),
+        "scale": dim**-0.5,
+        "d_v": draw.choice([dim, max(1, dim - dim // 4)]),
+    }
+
+
 _KEYS = {"keys": ("kv",), "positions": ("indices",), "lists": ("indices",)}
 register(
     OpSpec(
@@ -66,5 +83,16 @@ register(
         rows=("q", "indices", "lse"),
         outputs=("list",),
         **_KEYS,
+    )
+)
+register(
+    OpSpec(
+        "sparse_mla_paged",
+        _draw_sparse_mla_paged,
+        budget="softmax",
+        rows=("q", "sequence", "indices"),
+        positions=("indices",),
+        lists=("indices",),
+        outputs=("rows", "rows"),
     )
 )
