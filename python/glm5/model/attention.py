@@ -51,20 +51,20 @@ def latent_attention(
     up = kv_b_weight.view(heads, -1, kv_lora)
     w_uk, w_uv = up[:, :nope].transpose(1, 2), up[:, nope:]
 
-    def attend(part):
-        q = torch.cat([ops.batched_linear(q_nope[part], w_uk), q_rope[part]], -1)
-        out, lse = ops.sparse_mla(q, latent, indices[part], scale, kv_lora)
+    def attend(q_nope, q_rope, indices):
+        q = torch.cat([ops.batched_linear(q_nope, w_uk), q_rope], -1)
+        out, lse = ops.sparse_mla(q, latent, indices, scale, kv_lora)
         return ops.batched_linear(out, w_uv), q, lse
 
     if whole:
-        return attend(slice(None))
+        return attend(q_nope, q_rope, indices)
     step = max(_PAIRS // heads, 1)
     if rows <= step or torch.is_grad_enabled():
-        return attend(slice(None))[0], None, None
+        return attend(q_nope, q_rope, indices)[0], None, None
     out = q_nope.new_empty(rows, heads, w_uv.shape[1])
     for first in range(0, rows, step):
         part = slice(first, first + step)
-        out[part] = attend(part)[0]
+        out[part] = attend(q_nope[part], q_rope[part], indices[part])[0]
     return out, None, None
 
 
@@ -116,7 +116,7 @@ class Pass:
     indexed: tuple | None = None  # (q, k, weights) of the last full layer's indexer
     kl: list[torch.Tensor] = field(default_factory=list)  # [T] a layer
     selections: list[Selection] = field(default_factory=list)
-    loads: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [E]
+    group_ends: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [E], summed over what it was given in parts
 
     def rope(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, ..., rope], rotated in interleaved pairs."""

@@ -334,7 +334,8 @@ class Glm5ForCausalLM(nn.Module):
             kl = torch.stack(kept).sum() / rows.clamp(min=1)
         moe = [layer for layer in self.model.layers if isinstance(layer.mlp, MoE)]
         unused = torch.zeros(self.config.n_routed_experts, dtype=torch.int32, device=tokens.device)
-        load = torch.stack([run.loads.get(layer.layer, unused) for layer in moe]) if moe else unused[None][:0]
+        ends = torch.stack([run.group_ends.get(layer.layer, unused) for layer in moe]) if moe else unused[None][:0]
+        load = ends.diff(dim=1, prepend=torch.zeros_like(ends[:, :1]))
         counts = {"indexer_rows": rows, "expert_load": load, "num_targets": (targets != IGNORED).sum()}
         return {"lm": lm, "mtp": mtp, "indexer_kl": kl, **counts}
 

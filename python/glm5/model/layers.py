@@ -119,7 +119,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts plus a shared one: x [T, H] -> ([T, H], how many tokens each expert got [E] int32)."""
+    """Routed experts plus a shared one: x [T, H] -> ([T, H], where each expert's slots end [E] int32)."""
 
     def __init__(self, config: Glm5Config):
         super().__init__()
@@ -135,5 +135,4 @@ class MoE(nn.Module):
         weights, ids = self.gate(x)
         slots, _, slot_of_row, group_ends = ops.moe_permute(x, ids, self.gate.config.n_routed_experts)
         routed = ops.moe_unpermute(self.experts(slots, group_ends), slot_of_row, weights)
-        load = group_ends - torch.cat([torch.zeros_like(group_ends[:1]), group_ends[:-1]])
-        return (routed if self.shared_experts is None else routed + self.shared_experts(x)), load
+        return (routed if self.shared_experts is None else routed + self.shared_experts(x)), group_ends

@@ -49,8 +49,8 @@ class DecoderLayer(nn.Module):
     def _feed_forward(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
         update = self.mlp(self.post_attention_layernorm(x))
         if isinstance(self.mlp, MoE):
-            update, load = update
-            run.loads[self.layer] = run.loads[self.layer] + load if self.layer in run.loads else load
+            update, ends = update
+            run.group_ends[self.layer] = run.group_ends[self.layer] + ends if self.layer in run.group_ends else ends
         return x + update
 
 

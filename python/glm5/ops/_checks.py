@@ -10,6 +10,11 @@ import torch
 
 def want_tensors(op: str, **arguments) -> None:
     """Raises TypeError naming the first argument that is no torch.Tensor, ValueError naming one on a wrong device."""
+    for value in arguments.values():
+        if not (isinstance(value, torch.Tensor) and value.is_cpu):
+            break
+    else:
+        return  # as nearly always, and in half the time
     first = None
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
