@@ -41,6 +41,7 @@ class Case:
         peak: which ceiling ``work`` is held against: "float32", "bf16", "int8" (of the instruction set in force) or "read".
         peer_name: what the peer is.
         library: what the peer is part of, as in ``peers.LIBRARIES``.
+        peer_key: cases with the same key have the same peer, which is slow: the first one times it for all of a run.
         scale, peer_scale: multiply our time, the peer's, where it is taken on a part of the work; say so in ``note``.
         peer_work: operations of one call of the peer, times ``peer_scale``, where they differ from ours.
         isa: instruction set to run ours on; None is the process's.
@@ -55,6 +56,7 @@ class Case:
     peak: str | None = None
     peer_name: str = "torch"
     library: str = "torch"
+    peer_key: str | None = None
     scale: float = 1.0
     peer_scale: float = 1.0
     peer_work: float | None = None
@@ -73,12 +75,18 @@ class MemoryCase:
         target: "package.module:function"; the function builds the inputs and returns the callable to be measured.
         arguments: keyword arguments of the function, plain values.
         limit: bytes that the design promises not to pass.
+        peer: keyword arguments with which the function builds the peer's call, where there is one.
+        library: what the peer is part of, as in ``peers.LIBRARIES``.
+        share: what we want: at most this share of the peer's memory.
     """
 
     name: str
     target: str
     arguments: dict = field(default_factory=dict)
     limit: float | None = None
+    peer: dict | None = None
+    library: str = "torch"
+    share: float | None = None
 
 
 @dataclass
@@ -183,30 +191,50 @@ def _time(call: Callable, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+PATIENCE = 10.0  # seconds after which one sample of a slow call is enough
+
+
 def time_interleaved(calls: list[Callable], seconds: float, sample: float = 0.01) -> list[list[float]]:
-    """Times of each call, taken in turn until ``seconds`` are over; a sample repeats a short call for about ``sample`` s."""
+    """Times of each call, taken in turn until ``seconds`` are over: at least three, or as many as ``PATIENCE`` allows.
+
+    A sample repeats a short call for about ``sample`` s. A first call of each, which may have something to build, does not
+    count.
+    """
     repeats = []
     for call in calls:
-        call()
         once = _time(call, 1)
+        if once < 1.0:
+            once = _time(call, 1)
         repeats.append(max(1, min(1000, int(sample / max(once, 1e-7)))))
     times: list[list[float]] = [[] for _ in calls]
-    end = time.perf_counter() + seconds
-    while len(times[0]) < 3 or (time.perf_counter() < end and len(times[0]) < 200):
+    start = time.perf_counter()
+
+    def wants_more(taken: int) -> bool:
+        spent = time.perf_counter() - start
+        return spent < PATIENCE if taken < 3 else spent < seconds and taken < 200
+
+    while not times[0] or wants_more(len(times[0])):
         for call, count, kept in zip(calls, repeats, times, strict=True):
             kept.append(_time(call, count))
     return times
 
 
-def run_case(case: Case, peaks: Peaks, seconds: float) -> Result:
-    """Times one case. The share of the peak is filled in by ``finish`` once every ceiling is known."""
+def run_case(case: Case, peaks: Peaks, seconds: float, peer_times: dict[str, list[float]]) -> Result:
+    """Times one case; ``peer_times`` has the times of slow peers that were timed before.
+
+    The share of the peak is filled in by ``finish`` once every ceiling is known.
+    """
     isa, alone = case.isa or _native.cpu_isa(), case.peer is None
     if case.peer and not peers.wanted(case.library):
         case = replace(case, peer=None)
     with _native.using_cpu_isa(isa) if case.isa else nullcontext(), torch.no_grad() if alone else nullcontext():
         if case.peak:
             peaks.measure(case.peak, isa)
-        samples = time_interleaved([case.ours] + ([case.peer] if case.peer else []), seconds)
+        known = peer_times.get(case.peer_key) if case.peer and case.peer_key else None
+        samples = time_interleaved([case.ours] + ([case.peer] if case.peer and known is None else []), seconds)
+        samples += [] if known is None else [known]
+        if case.peer and case.peer_key:
+            peer_times[case.peer_key] = samples[1]
         if case.peak:
             peaks.measure(case.peak, isa)
     ours = statistics.median(samples[0]) * case.scale
@@ -314,12 +342,41 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def memory_table(results: list[tuple[MemoryCase, int]]) -> str:
+@dataclass
+class MemoryResult:
+    """What a memory case gave; bytes."""
+
+    name: str
+    used: int
+    peer: int | None
+    limit: float | None
+
+    @property
+    def complaint(self) -> str | None:
+        if self.limit is not None and self.used > self.limit:
+            return f"{self.name}: {self.used} bytes, promised {self.limit:.0f}"
+        return None
+
+
+def run_memory_case(case: MemoryCase, peer_memory: dict[str, int]) -> MemoryResult:
+    """Measures one case; ``peer_memory`` has what was measured of peers before."""
+    peer, limit = None, case.limit
+    if case.peer is not None and peers.wanted(case.library):
+        key = json.dumps([case.target, case.peer])
+        if key not in peer_memory:
+            peer_memory[key] = peak_memory(case.target, **case.peer)
+        peer = peer_memory[key]
+        limit = peer * case.share if case.share else limit
+    return MemoryResult(case.name, peak_memory(case.target, **case.arguments), peer, limit)
+
+
+def memory_table(results: list[MemoryResult]) -> str:
     """The memory results as a markdown table."""
-    lines = ["| working memory of | peak | promised |", "|---|---|---|"]
-    for case, used in results:
-        promised = f"{case.limit / 2**20:.0f} MiB{' ✓' if used <= case.limit else ' ✗'}" if case.limit else ""
-        lines.append(f"| {case.name} | {used / 2**20:.0f} MiB | {promised} |")
+    lines = ["| working memory of | peak | peer | promised |", "|---|---|---|---|"]
+    for r in results:
+        promised = f"{r.limit / 2**20:.0f} MiB{' ✗' if r.complaint else ' ✓'}" if r.limit else ""
+        peer = f"{r.peer / 2**20:.0f} MiB" if r.peer else ""
+        lines.append(f"| {r.name} | {r.used / 2**20:.0f} MiB | {peer} | {promised} |")
     return "\n".join(lines)
 
 
@@ -345,6 +402,7 @@ def run(wanted: list[str], quick: bool, only: str = "", out: Path | None = None,
     seconds = 0.3 if quick else 1.5
     chosen = list(families(wanted))
     peaks, results, memory = Peaks(0.1 if quick else 0.3), [], []
+    peer_times, peer_memory = {}, {}
     isa = _native.cpu_isa()
     machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}, instruction set {isa}"
     limits = roofline(peaks, isa)
@@ -353,13 +411,14 @@ def run(wanted: list[str], quick: bool, only: str = "", out: Path | None = None,
     for module, named in chosen:
         for case in module.cases(quick):
             if only in case.name and named in case.name:
-                results.append(run_case(case, peaks, seconds))
+                results.append(run_case(case, peaks, seconds, peer_times))
                 print(f"{case.name}: {_seconds(results[-1].ours)}", file=sys.stderr, flush=True)
             del case
             gc.collect()
         for case in getattr(module, "memory_cases", lambda quick: ())(quick):
             if only in case.name and named in case.name:
-                memory.append((case, peak_memory(case.target, **case.arguments)))
+                memory.append(run_memory_case(case, peer_memory))
+                print(f"{case.name}: {memory[-1].used >> 20} MiB", file=sys.stderr, flush=True)
     finish(results, peaks)
     if results:
         print(table(results))
@@ -377,12 +436,10 @@ def run(wanted: list[str], quick: bool, only: str = "", out: Path | None = None,
             "machine": machine,
             "limits": {f"{peak} {isa}": rate for (peak, isa), rate in measured.items()},
             "results": [asdict(r) for r in results],
-            "memory": [{**asdict(case), "bytes": used} for case, used in memory],
+            "memory": [asdict(r) for r in memory],
             "skipped": peers.skipped(),
         }
         part = out.with_name(out.name + ".part")
         part.write_text(json.dumps(rows, indent=1))
         part.replace(out)
-    return [c for r in results if (c := r.complaint)] + [
-        f"{case.name}: {used} bytes, promised {case.limit:.0f}" for case, used in memory if case.limit and used > case.limit
-    ]
+    return [c for r in [*results, *memory] if (c := r.complaint)]

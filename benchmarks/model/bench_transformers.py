@@ -4,11 +4,14 @@ Two layers, one dense and one of 8 experts (top 2): hidden 1024, 8 heads of 192 
 128, top-k 2048. Decode steps run on caches of random rows.
 """
 
+import copy
+import gc
 import tempfile
+from functools import cache
 
 import torch
 
-from benchmarks import harness, peers
+from benchmarks import peers
 from benchmarks.harness import Case, MemoryCase
 from glm5 import Glm5ForCausalLM
 from glm5.model.cache import LatentCache
@@ -46,8 +49,6 @@ def pair(dtype: torch.dtype):
 
 def drop_in(theirs):
     """The same weights in a second model of Transformers, with glm5's kernels."""
-    import copy
-
     from glm5.integrations import transformers as integration
 
     twin = copy.deepcopy(theirs)
@@ -90,11 +91,12 @@ def decode(model, context: int):
             cache.append_latent(layer, rows(context, config.latent_dim))
             cache.append_indexer_key(layer, rows(context, config.index_head_dim))
         slot = torch.tensor([context])
+        position, first_key, end = (torch.tensor([n], dtype=torch.int32) for n in (context, 0, context + 1))
 
         @torch.no_grad()
         def ours():
             cache.place(slot, context + 1)
-            return model.logits(model.hidden_states(ids[0], slot, torch.zeros_like(slot), slot + 1, cache=cache))
+            return model.logits(model.hidden_states(ids[0], position, first_key, end, cache=cache))
 
         return ours
 
@@ -129,21 +131,39 @@ def training(model, count: int):
 
 # Of ours that are timed together: a step is so short that the one after a step of Transformers would be timed in the caches
 # which that leaves behind.
-STEPS = 16
+STEPS = 64
 
 
-def repeated(step, count: int):
-    """Calls ``step`` ``count`` times."""
-    return lambda: [step() for _ in range(count)]
+class Models:
+    """Ours, Transformers' ("theirs") and the "drop-in" of one dtype, built when a case first asks for them."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.built = dtype, {}
+
+    def __getitem__(self, which: str):
+        if not self.built:
+            self.built["theirs"], self.built["ours"] = pair(self.dtype)
+        if which not in self.built:
+            self.built[which] = drop_in(self.built["theirs"])
+        return self.built[which]
+
+    def call(self, make, which: str, size: int, repeats: int = 1):
+        """``make(model, size)``, built at its first call, as a function that calls it ``repeats`` times."""
+        built = cache(lambda: make(self[which], size))
+
+        def run():
+            for _ in range(repeats):
+                built()()
+
+        return run
 
 
 def cases(quick: bool):
     if not peers.library("transformers"):
         return
+    context = 2048 if quick else 8192
     for dtype, goal in ((torch.float32, 2.5), (torch.bfloat16, 4.0)):
-        theirs, ours = pair(dtype)
-        twin, name, full = drop_in(theirs), str(dtype).removeprefix("torch."), dtype == torch.float32
-        context = 2048 if quick else 8192
+        models, name, full = Models(dtype), str(dtype).removeprefix("torch."), dtype == torch.float32
         work = [
             (f"prefill of {context} tokens", prefill, context, goal),
             (f"decode at {context}", decode, context, 50.0 if full else None),
@@ -153,17 +173,22 @@ def cases(quick: bool):
             work.insert(2, ("decode at 32768", decode, 32768, 100.0))
         for what, make, size, goal_ratio in work:
             steps = STEPS if make is decode else 1
-            for label, model, share in (("the model", ours, 1.0), ("inside Transformers", twin, 0.5)):
+            peer = models.call(make, "theirs", size)
+            for label, which, share in (("the model", "ours", 1.0), ("inside Transformers", "drop-in", 0.5)):
                 yield Case(
                     f"transformers: {what}, {name}, {label}",
-                    repeated(make(model, size), steps),
-                    make(theirs, size),
+                    models.call(make, which, size, steps),
+                    peer,
                     scale=1 / steps,
                     peer_name="Transformers sdpa",
                     library="transformers",
+                    peer_key=f"{what}, {name}",
                     goal_ratio=None if quick or goal_ratio is None else goal_ratio * share,
                     note=f"ours: mean of {steps} steps in a row" if steps > 1 else "",
                 )
+            del peer
+        del models
+        gc.collect()
 
 
 def prepare(which: str, dtype: str, count: int):
@@ -182,17 +207,18 @@ def memory_cases(quick: bool):
     target = "benchmarks.model.bench_transformers:prepare"
     context = 2048 if quick else 8192
     for dtype in ("float32", "bfloat16"):
-        theirs = harness.peak_memory(target, which="theirs", dtype=dtype, count=context)
         for which, share in (("ours", 1 / 5), ("drop-in", 2 / 5)):
             yield MemoryCase(
-                f"transformers: prefill of {context} tokens, {dtype}, {which} (Transformers: {theirs >> 20} MiB)",
+                f"transformers: memory of a prefill of {context} tokens, {dtype}, {which}",
                 target,
                 {"which": which, "dtype": dtype, "count": context},
-                limit=None if quick else theirs * share,
+                peer={"which": "theirs", "dtype": dtype, "count": context},
+                library="transformers",
+                share=None if quick else share,
             )
     for count in () if quick else (16384, 32768):
         yield MemoryCase(
-            f"transformers: prefill of {count} tokens, float32, ours",
+            f"transformers: memory of a prefill of {count} tokens, float32, ours",
             target,
             {"which": "ours", "dtype": "float32", "count": count},
             limit=2.5e9,
