@@ -10,8 +10,8 @@
 namespace glm5 {
 namespace {
 
-// Sums of a longer group might not fit an int32: 2^20 products of -128 and 15 do.
-constexpr int64_t kLongestGroup = int64_t{1} << 20;
+// Kernels split sums of x over a group into 11 and 16 bits: those of 2^18 numbers fit. So do the products in an int32.
+constexpr int64_t kLongestGroup = int64_t{1} << 18;
 
 bool is_group_size(int64_t size) { return size == 32 || size == 64 || size == 128; }
 

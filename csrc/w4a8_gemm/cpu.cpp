@@ -10,7 +10,8 @@
 namespace glm5::cpu::GLM5_ISA {
 namespace {
 
-constexpr int kScratchTasks = 7, kScratchSums = 6, kScratchRows = 5, kScratchBytes = 4;
+constexpr int kScratchSums = 6, kScratchRows = 5, kScratchBytes = 4, kScratchOut = 3;
+constexpr int64_t kBytesK = 512;
 
 int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -35,7 +36,7 @@ GLM5_INLINE void each_tile(const W4A8Product& p, const Fn& fn) {
 }
 
 // Rows as tiles read them, in thread_scratch of the caller: x in slots of four k, [slot][row of the tile], filled up with
-// zeros to whole lines; and [group][row of the tile] minus the sum of x, times 8 where weights have no zero points.
+// zeros to whole lines; and [group][row of the tile] what start_of makes of the sum of x.
 struct Rows {
   const int8_t* x;
   int64_t stride;  // bytes a row
@@ -50,13 +51,13 @@ Rows prepare(const W4A8Args& a) {
   const bool in_place = stride == k && tile_rows(tallest, tallest) == 1;
   int8_t* slots = in_place ? nullptr : static_cast<int8_t*>(thread_scratch(kScratchRows, a.rows * stride + 1));
   int32_t* sums = static_cast<int32_t*>(thread_scratch(kScratchSums, a.rows * groups * 4 + 1));
-  const auto tile = [&](int64_t row, int64_t rows) {
+  const auto tile = [&](int64_t row, int64_t rows, bool bytes) {
     for (int64_t r = 0; r < rows; ++r) {
       const int8_t* x = a.x + (row + r) * k;
       for (int64_t g = 0; g < groups; ++g) {
         int32_t sum = 0;
         for (int64_t i = 0; i < size; ++i) sum += x[g * size + i];
-        sums[row * groups + g * rows + r] = w.zeros ? -sum : -8 * sum;
+        sums[row * groups + g * rows + r] = start_of(w, bytes, sum);
       }
       if (in_place) continue;
       int8_t* out = slots + row * stride + 4 * r;
@@ -75,7 +76,7 @@ Rows prepare(const W4A8Args& a) {
     const W4A8Product& p = a.products[task / pieces];
     const int64_t first = task % pieces * kRowsATask, last = first + kRowsATask;
     each_tile(p, [&](int64_t row, int64_t rows) {
-      if (row - p.first >= first && row - p.first < last) tile(row, rows);
+      if (row - p.first >= first && row - p.first < last) tile(row, rows, reads_bytes(p.m, rows));
     });
   };
   if (a.rows * k <= 65536)
@@ -90,28 +91,38 @@ void w4a8_gemm(const W4A8Args& a) {
   const W4A8Weight& w = a.weight;
   if (w.n == 0 || a.count == 0) return;
   const Rows rows = prepare(a);
-  const int64_t panels = (w.n + kColumns - 1) / kColumns, groups = w.groups;
+  const int64_t panels = (w.n + kColumns - 1) / kColumns, group_slots = group_lines(w) * kLineK;
   // Rows are cut too where columns alone are too few for all threads: each cut splits its weights again.
   const int64_t wanted = 4 * num_threads(), cuts = a.count * panels >= wanted ? 1 : (wanted + panels - 1) / panels;
+  // As many groups at a time as make kBytesK bytes a column: those of 32 columns stay in L1.
+  const int64_t at_a_time = w.group_size > 0 && w.group_size < kBytesK ? kBytesK / w.group_size : 1;
   parallel_tasks(a.count * panels * cuts, [&](int64_t task) {
     const W4A8Product& product = a.products[task / (panels * cuts)];
     const int64_t panel = task / cuts % panels, cut = task % cuts;
     const Block b0 = block_of(w, product.w, 2 * panel), b1 = block_of(w, product.w, 2 * panel + 1);
     const int64_t first = product.first + product.m * cut / cuts, last = product.first + product.m * (cut + 1) / cuts;
-    const uint8_t* bytes = nullptr;
-    alignas(64) float sums[kMostRows * kColumns];
-    each_tile(product, [&](int64_t row, int64_t count) {
-      if (row < first || row >= last) return;
-      if (reads_bytes(product.m, count) && !bytes) {
-        uint8_t* out = static_cast<uint8_t*>(thread_scratch(kScratchBytes, rows.stride * kColumns));
-        split(w, b0, b1, out);
-        bytes = out;
-      }
-      multiply(w, b0, b1, reads_bytes(product.m, count) ? bytes : nullptr, rows.x + row * rows.stride,
-               rows.sums + row * groups, count, sums);
-      if (a.out_bf16) finish<bf16>(a, row, count, panel * kColumns, sums);
-      else finish<float>(a, row, count, panel * kColumns, sums);
-    });
+    const bool many = reads_bytes(product.m, product.m);
+    const int64_t step = many ? at_a_time : w.groups > 0 ? w.groups : 1;
+    float* sums = static_cast<float*>(thread_scratch(kScratchOut, (last - first + kMostRows) * kColumns * 4));
+    uint8_t* bytes = many ? static_cast<uint8_t*>(thread_scratch(kScratchBytes, at_a_time * group_slots * kColumns))
+                          : nullptr;
+    for (int64_t g = 0; g < w.groups || g == 0; g += step) {
+      const Groups groups{g, at_most(g + step, w.groups)};
+      if (many) split(w, b0, b1, groups, bytes);
+      float* out = sums;
+      each_tile(product, [&](int64_t row, int64_t count) {
+        if (row < first || row >= last) return;
+        if (g == 0)
+          for (int64_t i = 0; i < count * kColumns; i += F::kLanes) store(out + i, splat<F>(0.f));
+        multiply(w, b0, b1, groups, reads_bytes(product.m, count) ? bytes : nullptr,
+                 rows.x + row * rows.stride + g * group_slots * count, rows.sums + row * w.groups + g * count, count, out);
+        if (groups.last == w.groups) {
+          if (a.out_bf16) finish<bf16>(a, row, count, panel * kColumns, out);
+          else finish<float>(a, row, count, panel * kColumns, out);
+        }
+        out += count * kColumns;
+      });
+    }
   });
 }
 

@@ -9,6 +9,10 @@ namespace {
 
 constexpr int64_t kColumns = 2 * kBlock;
 
+struct Groups {
+  int64_t first, last;
+};
+
 GLM5_INLINE const float* scales_of(const Block& b, int64_t g) {
   return reinterpret_cast<const float*>(b.data + (g + 1) * b.group_bytes - b.line_bytes);
 }
@@ -27,11 +31,11 @@ GLM5_INLINE bool reads_bytes(int64_t m, int64_t rows) { return m > kFewRows && r
 GLM5_INLINE __m512i low_nibbles(__m512i both) { return _mm512_and_si512(both, _mm512_set1_epi8(15)); }
 GLM5_INLINE __m512i high_nibbles(__m512i both) { return low_nibbles(_mm512_srli_epi16(both, 4)); }
 
-// Bytes of a panel: of each line, low nibbles of both blocks, then high ones.
-void split(const W4A8Weight& w, const Block& b0, const Block& b1, uint8_t* out) {
+// Bytes of some groups: of each line, low nibbles of both blocks, then high ones.
+GLM5_INLINE void split(const W4A8Weight& w, const Block& b0, const Block& b1, Groups groups, uint8_t* out) {
   const __mmask16 mask0 = first_n(b0.columns), mask1 = first_n(b1.columns);
   const int64_t lines = group_lines(w);
-  for (int64_t g = 0; g < w.groups; ++g) {
+  for (int64_t g = groups.first; g < groups.last; ++g) {
     const uint8_t *p0 = b0.data + g * b0.group_bytes, *p1 = b1.data + g * b1.group_bytes;
     for (int64_t line = 0; line < lines; ++line, p0 += b0.line_bytes, p1 += b1.line_bytes, out += 256) {
       __builtin_prefetch(p0 + 2048);
@@ -51,70 +55,79 @@ GLM5_INLINE __m512i four_k(const int8_t* x) {
   return _mm512_set1_epi32(four);
 }
 
-template <int kRows, bool kBytes>
-__attribute__((noinline)) void run_tile(const W4A8Weight& w, const Block& b0, const Block& b1, const uint8_t* bytes,
-                                        const int8_t* x, const int32_t* sums, float* out) {
+// What a tile wants to know of the sum of x over a group of a row. Tiles of bytes, where there are no zero points, start
+// from minus 8 times it. Others multiply it in one instruction with zero points as they are and times 2^11: as pairs of 16
+// bits, the lower 11 of the sum and the rest.
+GLM5_INLINE int32_t start_of(const W4A8Weight& w, bool bytes, int32_t sum) {
+  if (bytes && !w.zeros) return -8 * sum;
+  return (-sum & 2047) | static_cast<int32_t>(static_cast<uint32_t>(-sum >> 11) << 16);
+}
+
+// Zero points for that; without them, 8 for all.
+GLM5_INLINE __m512i zero_pairs(const W4A8Weight& w, const Block& b, int64_t g, __mmask16 mask) {
+  if (!w.zeros) return _mm512_set1_epi32(8 | 8 << 27);
+  const __m512i zero = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, b.zeros + g * b.columns));
+  return _mm512_or_si512(zero, _mm512_slli_epi32(zero, 27));
+}
+
+// In place: given the intrinsic, GCC 12 keeps copies of the sums on the stack.
+GLM5_INLINE void dot(__m512i& sums, __m512i codes, __m512i x) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(x));
+}
+
+// kPlain: no zero points, and the sums times 8 are where the products start as they are.
+template <int kRows, bool kBytes, bool kPlain>
+__attribute__((noinline)) void run_tile(const W4A8Weight& w, const Block& b0, const Block& b1, Groups groups,
+                                        const uint8_t* bytes, const int8_t* x, const int32_t* sums, float* out) {
   GLM5_COUNT_PATH(kBytes ? "w4a8 bytes" : "w4a8 nibbles");
   const __mmask16 mask0 = first_n(b0.columns), mask1 = first_n(b1.columns);
-  const int64_t lines = group_lines(w), groups = w.groups;
-  // Sums of up to 128 bytes fit 16 bits: then one instruction multiplies them with the zero point.
-  const bool short_sums = w.group_size <= 128;
-  for (int64_t i = 0; i < kRows * 2; ++i) store(out + i * 16, splat<F>(0.f));
-  const uint8_t *p0 = b0.data, *p1 = b1.data;
-  for (int64_t g = 0; g < groups; ++g, sums += kRows) {
+  const int64_t lines = group_lines(w);
+  const uint8_t *p0 = b0.data + groups.first * b0.group_bytes, *p1 = b1.data + groups.first * b1.group_bytes;
+  for (int64_t g = groups.first; g < groups.last; ++g, sums += kRows) {
     __m512i acc[kRows][2];
-    if (!w.zeros) {
+    if constexpr (kPlain) {
 #pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = _mm512_set1_epi32(sums[r]);
     } else {
-      const __m512i zero0 = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask0, b0.zeros + g * b0.columns));
-      const __m512i zero1 = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask1, b1.zeros + g * b1.columns));
-      if (short_sums) {
+      const __m512i zero0 = zero_pairs(w, b0, g, mask0), zero1 = zero_pairs(w, b1, g, mask1);
 #pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r) {
-          const __m512i sum = _mm512_set1_epi32(sums[r]);
-          acc[r][0] = _mm512_madd_epi16(zero0, sum);
-          acc[r][1] = _mm512_madd_epi16(zero1, sum);
-        }
-      } else {
-#pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r) {
-          const __m512i sum = _mm512_set1_epi32(sums[r]);
-          acc[r][0] = _mm512_mullo_epi32(zero0, sum);
-          acc[r][1] = _mm512_mullo_epi32(zero1, sum);
-        }
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i sum = _mm512_set1_epi32(sums[r]);
+        acc[r][0] = _mm512_madd_epi16(zero0, sum);
+        acc[r][1] = _mm512_madd_epi16(zero1, sum);
       }
     }
-    for (int64_t line = 0; line < lines; ++line) {
-      __m512i low0, low1, high0, high1;
-      if constexpr (kBytes) {
-        low0 = _mm512_load_si512(bytes), low1 = _mm512_load_si512(bytes + 64);
-        high0 = _mm512_load_si512(bytes + 128), high1 = _mm512_load_si512(bytes + 192);
-        bytes += 256;
-      } else {
+    if constexpr (kBytes) {
+      // One step an iteration: given two, GCC 12 copies all sums in between.
+      for (int64_t step = 0; step < 2 * lines; ++step, bytes += 128, x += 4 * kRows) {
+        const __m512i codes0 = _mm512_load_si512(bytes), codes1 = _mm512_load_si512(bytes + 64);
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) {
+          const __m512i four = four_k(x + 4 * r);
+          dot(acc[r][0], codes0, four);
+          dot(acc[r][1], codes1, four);
+        }
+      }
+    } else {
+      for (int64_t line = 0; line < lines; ++line, p0 += b0.line_bytes, p1 += b1.line_bytes, x += 8 * kRows) {
         __builtin_prefetch(p0 + 2048);
         __builtin_prefetch(p1 + 2048);
         const __m512i both0 = _mm512_maskz_loadu_epi32(mask0, p0), both1 = _mm512_maskz_loadu_epi32(mask1, p1);
-        low0 = low_nibbles(both0), low1 = low_nibbles(both1);
-        high0 = high_nibbles(both0), high1 = high_nibbles(both1);
-        p0 += b0.line_bytes, p1 += b1.line_bytes;
-      }
+        const __m512i low0 = low_nibbles(both0), low1 = low_nibbles(both1);
+        const __m512i high0 = high_nibbles(both0), high1 = high_nibbles(both1);
 #pragma GCC unroll 12
-      for (int r = 0; r < kRows; ++r) {
-        const __m512i four = four_k(x + 4 * r);
-        acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], low0, four);
-        acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], low1, four);
+        for (int r = 0; r < kRows; ++r) {
+          const __m512i low = four_k(x + 4 * r), high = four_k(x + 4 * (kRows + r));
+          dot(acc[r][0], low0, low);
+          dot(acc[r][1], low1, low);
+          dot(acc[r][0], high0, high);
+          dot(acc[r][1], high1, high);
+        }
       }
-#pragma GCC unroll 12
-      for (int r = 0; r < kRows; ++r) {
-        const __m512i four = four_k(x + 4 * (kRows + r));
-        acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], high0, four);
-        acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], high1, four);
-      }
-      x += 8 * kRows;
     }
     const F scale0 = load_n(scales_of(b0, g), b0.columns), scale1 = load_n(scales_of(b1, g), b1.columns);
     if constexpr (!kBytes) p0 += b0.line_bytes, p1 += b1.line_bytes;
+    __asm__("" : "+r"(out));  // where GCC knows that it is the same in every group it keeps all of it in registers
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
       float* row = out + r * kColumns;
@@ -124,39 +137,47 @@ __attribute__((noinline)) void run_tile(const W4A8Weight& w, const Block& b0, co
   }
 }
 
-// out [rows][32] = the sums over all groups; `bytes` from split, or null.
-GLM5_INLINE void multiply(const W4A8Weight& w, const Block& b0, const Block& b1, const uint8_t* bytes, const int8_t* x,
-                          const int32_t* sums, int64_t rows, float* out) {
+template <int kRows>
+GLM5_INLINE void run_wide(const W4A8Weight& w, const Block& b0, const Block& b1, Groups groups, const uint8_t* bytes,
+                          const int8_t* x, const int32_t* sums, float* out) {
+  if (w.zeros) run_tile<kRows, true, false>(w, b0, b1, groups, bytes, x, sums, out);
+  else run_tile<kRows, true, true>(w, b0, b1, groups, bytes, x, sums, out);
+}
+
+// Adds some groups to out [rows][32], one after another; x and sums begin with the first of them. `bytes`: from split, or null.
+GLM5_INLINE void multiply(const W4A8Weight& w, const Block& b0, const Block& b1, Groups groups, const uint8_t* bytes,
+                          const int8_t* x, const int32_t* sums, int64_t rows, float* out) {
   if (bytes) {
-    if (rows == 12) run_tile<12, true>(w, b0, b1, bytes, x, sums, out);
-    else if (rows == 8) run_tile<8, true>(w, b0, b1, bytes, x, sums, out);
-    else run_tile<4, true>(w, b0, b1, bytes, x, sums, out);
+    if (rows == 12) run_wide<12>(w, b0, b1, groups, bytes, x, sums, out);
+    else if (rows == 8) run_wide<8>(w, b0, b1, groups, bytes, x, sums, out);
+    else run_wide<4>(w, b0, b1, groups, bytes, x, sums, out);
     return;
   }
   switch (rows) {
     case 1:
-      return run_tile<1, false>(w, b0, b1, bytes, x, sums, out);
+      return run_tile<1, false, false>(w, b0, b1, groups, bytes, x, sums, out);
     case 2:
-      return run_tile<2, false>(w, b0, b1, bytes, x, sums, out);
+      return run_tile<2, false, false>(w, b0, b1, groups, bytes, x, sums, out);
     case 3:
-      return run_tile<3, false>(w, b0, b1, bytes, x, sums, out);
+      return run_tile<3, false, false>(w, b0, b1, groups, bytes, x, sums, out);
     case 4:
-      return run_tile<4, false>(w, b0, b1, bytes, x, sums, out);
+      return run_tile<4, false, false>(w, b0, b1, groups, bytes, x, sums, out);
     case 5:
-      return run_tile<5, false>(w, b0, b1, bytes, x, sums, out);
+      return run_tile<5, false, false>(w, b0, b1, groups, bytes, x, sums, out);
     case 6:
-      return run_tile<6, false>(w, b0, b1, bytes, x, sums, out);
+      return run_tile<6, false, false>(w, b0, b1, groups, bytes, x, sums, out);
     case 7:
-      return run_tile<7, false>(w, b0, b1, bytes, x, sums, out);
+      return run_tile<7, false, false>(w, b0, b1, groups, bytes, x, sums, out);
     default:
-      return run_tile<8, false>(w, b0, b1, bytes, x, sums, out);
+      return run_tile<8, false, false>(w, b0, b1, groups, bytes, x, sums, out);
   }
 }
 
 #else
 
 GLM5_INLINE bool reads_bytes(int64_t, int64_t) { return false; }
-GLM5_INLINE void split(const W4A8Weight&, const Block&, const Block&, uint8_t*) {}
+GLM5_INLINE void split(const W4A8Weight&, const Block&, const Block&, Groups, uint8_t*) {}
+GLM5_INLINE int32_t start_of(const W4A8Weight& w, bool, int32_t sum) { return w.zeros ? -sum : -8 * sum; }
 
 #if GLM5_ISA_LEVEL == 1
 
@@ -265,18 +286,17 @@ GLM5_INLINE F fused(F a, F b, F c) {
 }
 
 template <int kRows>
-__attribute__((noinline)) void run_tile(const W4A8Weight& w, const Block& b0, const Block& b1, const int8_t* x,
-                                        const int32_t* sums, float* out) {
+__attribute__((noinline)) void run_tile(const W4A8Weight& w, const Block& b0, const Block& b1, Groups groups,
+                                        const int8_t* x, const int32_t* sums, float* out) {
   GLM5_COUNT_PATH("w4a8 nibbles");
-  for (int i = 0; i < kRows * kColumns; i += F::kLanes) store(out + i, splat<F>(0.f));
   const int64_t group_slots = (w.group_size + 3) / 4 * 4 * kRows;
-  for (int64_t g = 0; g < w.groups; ++g, sums += kRows)
+  for (int64_t g = groups.first; g < groups.last; ++g, sums += kRows, x += group_slots)
     for (int half = 0; half < 2; ++half) {
       const Block& b = half ? b1 : b0;
       int32_t exact[kRows * kBlock] = {};
       for (int r = 0; r < kRows; ++r)
         for (int64_t c = 0; c < b.columns; ++c) exact[r * kBlock + c] = sums[r] * (w.zeros ? b.zeros[g * b.columns + c] : 1);
-      add_group<kRows>(w, b, g, x + g * group_slots, exact);
+      add_group<kRows>(w, b, g, x, exact);
       for (int64_t c = 0; c < b.columns; c += F::kLanes) {
         const F scale = load_n(scales_of(b, g) + c, b.columns - c);
 #pragma GCC unroll 4
@@ -288,17 +308,17 @@ __attribute__((noinline)) void run_tile(const W4A8Weight& w, const Block& b0, co
     }
 }
 
-GLM5_INLINE void multiply(const W4A8Weight& w, const Block& b0, const Block& b1, const uint8_t*, const int8_t* x,
-                          const int32_t* sums, int64_t rows, float* out) {
+GLM5_INLINE void multiply(const W4A8Weight& w, const Block& b0, const Block& b1, Groups groups, const uint8_t*,
+                          const int8_t* x, const int32_t* sums, int64_t rows, float* out) {
   switch (rows) {
 #if GLM5_ISA_LEVEL == 1
     case 4:
-      return run_tile<4>(w, b0, b1, x, sums, out);
+      return run_tile<4>(w, b0, b1, groups, x, sums, out);
     case 2:
-      return run_tile<2>(w, b0, b1, x, sums, out);
+      return run_tile<2>(w, b0, b1, groups, x, sums, out);
 #endif
     default:
-      return run_tile<1>(w, b0, b1, x, sums, out);
+      return run_tile<1>(w, b0, b1, groups, x, sums, out);
   }
 }
 

@@ -302,7 +302,7 @@ ONE = torch.ones(1)
             ValueError,
             "zeros holds 16, want zero points",
         ),
-        (lambda: ops.w4a8_prepack(u8(1, 2**19 + 1), torch.ones(1, 1)), ValueError, "packed has shape .* at most 1048576 k"),
+        (lambda: ops.w4a8_prepack(u8(1, 2**17 + 1), torch.ones(1, 1)), ValueError, "packed has shape .* at most 262144 k"),
         (lambda: ops.w4a8_prepack(u8(5, 32), [1.0]), TypeError, "scale is list"),
         (lambda: ops.w4a8_unpack(W.int()), ValueError, "w has dtype Int, want Char or Byte"),
         (lambda: ops.w4a8_unpack(W[0]), ValueError, "w has shape .* at least 3 dimensions"),

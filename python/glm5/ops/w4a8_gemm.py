@@ -13,7 +13,7 @@ from glm5.ops._register import compiled, fake, not_differentiable, want_that
 _gemm = compiled("w4a8_gemm")
 _grouped_gemm = compiled("w4a8_grouped_gemm")
 
-_LONGEST_GROUP = 2**20
+_LONGEST_GROUP = 2**18
 
 
 def w4a8_prepack(packed: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor | None = None) -> torch.Tensor:
@@ -22,7 +22,7 @@ def w4a8_prepack(packed: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor 
     Args:
         packed: uint8 [..., N, K/2], two codes a byte, low nibble = even k: in two's complement, [-8, 7], without zeros,
             else in [0, 15].
-        scale: float32 [..., N, groups]: groups of 32, 64 or 128 k, or one group of all (up to 2^20) k.
+        scale: float32 [..., N, groups]: groups of 32, 64 or 128 k, or one group of all (up to 2^18) k.
         zeros: uint8 [..., N, groups], in [0, 15], or None. A weight is (code - zero) * scale, and code * scale without
             zeros.
 
