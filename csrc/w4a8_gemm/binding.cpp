@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "w4a8_gemm/amx.h"
 
 namespace glm5 {
 namespace {
@@ -145,8 +146,19 @@ void run(W4A8Args& args, const Tensor& x_in, const Tensor& x_scale_in, Tensor& o
   args.x = static_cast<const int8_t*>(x.const_data_ptr());
   args.x_scale = static_cast<const float*>(x_scale.const_data_ptr());
   args.out = out.mutable_data_ptr();
-  args.products = products.data();
-  args.count = static_cast<int64_t>(products.size());
+  std::vector<W4A8Product> rest = products;
+#if defined(__x86_64__)
+  if (current_isa() == Isa::amx) {
+    std::vector<W4A8Product> tall;
+    rest.clear();
+    for (const W4A8Product& product : products) (product.m >= cpu::amx::kW4A8TileRows ? tall : rest).push_back(product);
+    args.products = tall.data();
+    args.count = static_cast<int64_t>(tall.size());
+    cpu::amx::w4a8_gemm_tiles(args);
+  }
+#endif
+  args.products = rest.data();
+  args.count = static_cast<int64_t>(rest.size());
   GLM5_CALL_KERNEL(false, w4a8_gemm, args);
 }
 

@@ -33,5 +33,9 @@ GLM5_INLINE Block block_of(const W4A8Weight& w, const uint8_t* data, int64_t blo
   return b;
 }
 
+GLM5_INLINE const float* scales_of(const Block& b, int64_t g) {
+  return reinterpret_cast<const float*>(b.data + (g + 1) * b.group_bytes - b.line_bytes);
+}
+
 }  // namespace
 }  // namespace glm5::cpu::GLM5_ISA

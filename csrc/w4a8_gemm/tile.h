@@ -13,10 +13,6 @@ struct Groups {
   int64_t first, last;
 };
 
-GLM5_INLINE const float* scales_of(const Block& b, int64_t g) {
-  return reinterpret_cast<const float*>(b.data + (g + 1) * b.group_bytes - b.line_bytes);
-}
-
 #if GLM5_ISA_LEVEL == 2
 
 constexpr int64_t kMostRows = 12, kFewRows = 8;

@@ -200,6 +200,23 @@ def test_a_group_has_the_bits_of_its_own_product(isa, with_zeros):
     assert same_bits(got[start:], torch.zeros(4, 50, dtype=bf16))
 
 
+def test_every_tile_runs(isa):
+    """Each number of rows to a tile, with and without zero points, weights split in registers and in memory."""
+    seen = set()
+    for with_zeros in (False, True):
+        weight = canonical(0, 40, 128, 5, with_zeros)
+        w = ops.w4a8_prepack(*weight)
+        for m in (*range(1, 14), 33, 50):
+            x, x_scale = activations(m, m, 640)
+            with _native.counted_paths() as counts:
+                got = ops.w4a8_gemm(x, x_scale, w, out_dtype=f32)
+            assert same_bits(got, exactly(x, x_scale, *weight)), m
+            seen |= counts.keys()
+    wanted = {"w4a8 nibbles"}
+    wanted |= {"w4a8 bytes"} if isa == "avx512" else {"w4a8 amx 1", "w4a8 amx 2"} if isa == "amx" else set()
+    assert seen == wanted
+
+
 def test_sizes_of_nothing(isa):
     w = ops.w4a8_prepack(*canonical(0, 5, 32, 2, False))
     x, x_scale = activations(0, 3, 64)
