@@ -2,6 +2,7 @@
 // is exact. Storing rounds to nearest even, saturates at 448 and has one NaN, 0x7f; the same bits on every set.
 #pragma once
 
+#include "common/integers.h"
 #include "common/simd.h"
 
 namespace glm5::cpu::GLM5_ISA {
@@ -24,25 +25,9 @@ GLM5_INLINE float to_float(e4m3 x) {
   return y;
 }
 
-// With 2^e the power of two below |x|, at least 2^-6, adding 2^(e + 20) makes the float unit round to a multiple of
-// 2^(e - 3), which is e4m3's; the multiple is the difference of the two floats' bits, and 8 (e + 6) more is the code.
-GLM5_INLINE e4m3 to_e4m3(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return e4m3{0x7f};
-  constexpr uint32_t kLargest = 0x43e00000u, kLeast = 121u << 23;  // 448, and the exponent of the least normal number
-  if (magnitude > kLargest) magnitude = kLargest;
-  const uint32_t exponent = magnitude & 0x7f800000u, above = exponent > kLeast ? exponent - kLeast : 0;
-  const uint32_t unit_bits = above + (141u << 23);
-  float unit, value;
-  std::memcpy(&unit, &unit_bits, 4);
-  std::memcpy(&value, &magnitude, 4);
-  const float sum = value + unit;
-  uint32_t sum_bits;
-  std::memcpy(&sum_bits, &sum, 4);
-  return e4m3{static_cast<uint8_t>((sum_bits - unit_bits + (above >> 20)) | (bits >> 24 & 0x80u))};
-}
+// How codes are found: with 2^e the power of two below |x|, at least 2^-6, adding 2^(e + 20) makes the float unit round to a
+// multiple of 2^(e - 3), which is e4m3's; the multiple is the difference of the two floats' bits, and 8 (e + 6) more is the
+// code.
 
 #if GLM5_ISA_LEVEL == 2
 
@@ -60,19 +45,22 @@ GLM5_INLINE F widen_e4m3(__m128i codes) {
 }
 GLM5_INLINE F load(const e4m3* p) { return widen_e4m3(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 GLM5_INLINE F load_n(const e4m3* p, int64_t n) { return widen_e4m3(_mm_maskz_loadu_epi8(first_n(n), p)); }
-GLM5_INLINE __m128i narrow_e4m3(F a) {
+// Codes of 32 bits. kBounded: of finite numbers that round to 448 at most.
+template <bool kBounded>
+GLM5_INLINE I codes_e4m3(F a) {
   const __m512i bits = _mm512_castps_si512(a.v);
-  const __m512 whole = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
-  const __m512 value = _mm512_min_ps(_mm512_set1_ps(448.f), whole);  // NaN stays
+  __m512 value = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+  if (!kBounded) value = _mm512_min_ps(_mm512_set1_ps(448.f), value);  // NaN stays
   const __m512i exponent = _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7f800000));
   const __m512i above = _mm512_subs_epu16(exponent, _mm512_set1_epi32(121 << 23));  // the lower halves are zero
   const __m512i unit = _mm512_add_epi32(above, _mm512_set1_epi32(141 << 23));
   const __m512i sum = _mm512_castps_si512(_mm512_add_ps(value, _mm512_castsi512_ps(unit)));
   __m512i code = _mm512_add_epi32(_mm512_sub_epi32(sum, unit), _mm512_srli_epi32(above, 20));
   code = _mm512_ternarylogic_epi32(code, _mm512_srli_epi32(bits, 24), _mm512_set1_epi32(0x80), 0xf8);
-  code = _mm512_mask_mov_epi32(code, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7f));
-  return _mm512_cvtepi32_epi8(code);
+  if (kBounded) return {code};
+  return {_mm512_mask_mov_epi32(code, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7f))};
 }
+GLM5_INLINE __m128i narrow_e4m3(F a) { return _mm512_cvtepi32_epi8(codes_e4m3<false>(a).v); }
 GLM5_INLINE void store(e4m3* p, F a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_e4m3(a)); }
 GLM5_INLINE void store_n(e4m3* p, F a, int64_t n) { _mm_mask_storeu_epi8(p, first_n(n), narrow_e4m3(a)); }
 
@@ -96,17 +84,23 @@ GLM5_INLINE F load_n(const e4m3* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) some[i] = p[i];
   return load(some);
 }
-GLM5_INLINE void store(e4m3* p, F a) {
+// Codes of 32 bits. kBounded: of finite numbers that round to 448 at most.
+template <bool kBounded>
+GLM5_INLINE I codes_e4m3(F a) {
   const __m256i bits = _mm256_castps_si256(a.v);
-  const __m256 whole = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
-  const __m256 value = _mm256_min_ps(_mm256_set1_ps(448.f), whole);  // NaN stays
+  __m256 value = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
+  if (!kBounded) value = _mm256_min_ps(_mm256_set1_ps(448.f), value);  // NaN stays
   const __m256i exponent = _mm256_and_si256(_mm256_castps_si256(value), _mm256_set1_epi32(0x7f800000));
   const __m256i above = _mm256_subs_epu16(exponent, _mm256_set1_epi32(121 << 23));  // the lower halves are zero
   const __m256i unit = _mm256_add_epi32(above, _mm256_set1_epi32(141 << 23));
   const __m256i sum = _mm256_castps_si256(_mm256_add_ps(value, _mm256_castsi256_ps(unit)));
   __m256i code = _mm256_add_epi32(_mm256_sub_epi32(sum, unit), _mm256_srli_epi32(above, 20));
   code = _mm256_or_si256(code, _mm256_and_si256(_mm256_srli_epi32(bits, 24), _mm256_set1_epi32(0x80)));
-  code = _mm256_blendv_epi8(code, _mm256_set1_epi32(0x7f), _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)));
+  if (kBounded) return {code};
+  return {_mm256_blendv_epi8(code, _mm256_set1_epi32(0x7f), _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)))};
+}
+GLM5_INLINE void store(e4m3* p, F a) {
+  const __m256i code = codes_e4m3<false>(a).v;
   const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 }
@@ -125,8 +119,29 @@ GLM5_INLINE F load_n(const e4m3* p, int64_t n) {
   return a;
 }
 GLM5_INLINE F load(const e4m3* p) { return load_n(p, 4); }
+// Codes of 32 bits. kBounded: of finite numbers that round to 448 at most.
+template <bool kBounded>
+GLM5_INLINE I codes_e4m3(F a) {
+  F::Ints bits;
+  std::memcpy(&bits, &a.v, 16);
+  F::Ints value = bits & 0x7fffffff;
+  const F::Ints is_nan = value > 0x7f800000;
+  if (!kBounded) value = value > 0x43e00000 ? F::Ints{} + 0x43e00000 : value;  // 448
+  const F::Ints exponent = (value & 0x7f800000) - (121 << 23);
+  const F::Ints above = exponent & (exponent > 0), unit_bits = above + (141 << 23);
+  F::Native unit, number;
+  std::memcpy(&unit, &unit_bits, 16);
+  std::memcpy(&number, &value, 16);
+  const F::Native sum = number + unit;
+  F::Ints code;
+  std::memcpy(&code, &sum, 16);
+  code = (code - unit_bits + (above >> 20)) | ((bits >> 24) & 0x80);
+  if (!kBounded) code = (code & ~is_nan) | (is_nan & 0x7f);
+  return {code};
+}
 GLM5_INLINE void store_n(e4m3* p, F a, int64_t n) {
-  for (int64_t i = 0; i < (n < 4 ? n : 4); ++i) p[i] = to_e4m3(a.v[i]);
+  const I codes = codes_e4m3<false>(a);
+  for (int64_t i = 0; i < (n < 4 ? n : 4); ++i) p[i].bits = static_cast<uint8_t>(codes.v[i]);
 }
 GLM5_INLINE void store(e4m3* p, F a) { store_n(p, a, 4); }
 

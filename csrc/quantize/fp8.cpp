@@ -13,20 +13,11 @@ constexpr int64_t kBlocksTogether = 8;
 GLM5_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
-GLM5_INLINE void quantize_run(const T* x, int64_t n, bool power_of_two, e4m3* q, float* scale) {
-  *scale = fp8_scale(largest_magnitude(x, n), power_of_two);
-  encode_fp8(x, n, *scale, q);
-}
-
-template <class T>
 void quantize_rows(const Fp8Args& a) {
   over_pieces(a.batch * a.rows, a.columns, kBlock, [&](int64_t row, int64_t begin, int64_t end) {
-    const T* x = static_cast<const T*>(a.x) + row * a.columns;
-    e4m3* q = reinterpret_cast<e4m3*>(a.q) + row * a.columns;
-    float* scale = a.scale + row * a.column_blocks + begin / kBlock;
-    int64_t i = begin;
-    for (; i + kBlock <= end; i += kBlock) quantize_run(x + i, kBlock, a.power_of_two, q + i, scale++);
-    if (i < end) quantize_run(x + i, end - i, a.power_of_two, q + i, scale);
+    const int64_t first = row * a.columns + begin;
+    row_to_fp8(static_cast<const T*>(a.x) + first, end - begin, a.power_of_two, reinterpret_cast<e4m3*>(a.q) + first,
+               a.scale + row * a.column_blocks + begin / kBlock);
   });
 }
 

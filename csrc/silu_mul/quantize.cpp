@@ -11,23 +11,18 @@ namespace {
 constexpr int64_t kBlock = 128;
 
 template <class T>
-GLM5_INLINE void block_to_fp8(const T* gate, const T* up, int64_t n, bool power_of_two, e4m3* q, float* scale) {
-  T y[kBlock];
-  activate(gate, up, n, y);
-  *scale = fp8_scale(largest_magnitude(y, n), power_of_two);
-  encode_fp8(y, n, *scale, q);
-}
-
-template <class T>
 void to_fp8(const SiluMulQuantizeArgs& a) {
   over_pieces(a.rows, a.width, kBlock, [&](int64_t row, int64_t begin, int64_t end) {
     const T* gate = static_cast<const T*>(a.x) + row * 2 * a.width;
     const T* up = gate + a.width;
     e4m3* q = static_cast<e4m3*>(a.q) + row * a.width;
-    float* scale = a.scale + row * ((a.width + kBlock - 1) / kBlock) + begin / kBlock;
-    int64_t i = begin;
-    for (; i + kBlock <= end; i += kBlock) block_to_fp8(gate + i, up + i, kBlock, a.power_of_two, q + i, scale++);
-    if (i < end) block_to_fp8(gate + i, up + i, end - i, a.power_of_two, q + i, scale);
+    float* scale = a.scale + row * ((a.width + kBlock - 1) / kBlock);
+    T y[kBlocksAhead * kBlock];
+    for (int64_t i = begin; i < end; i += kBlocksAhead * kBlock) {
+      const int64_t n = end - i < kBlocksAhead * kBlock ? end - i : kBlocksAhead * kBlock;
+      activate(gate + i, up + i, n, y);
+      row_to_fp8(y, n, a.power_of_two, q + i, scale + i / kBlock);
+    }
   });
 }
 

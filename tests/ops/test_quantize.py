@@ -131,6 +131,35 @@ def test_scales_of_fp8(isa):
     assert same_bits(q, (x / scale.repeat_interleave(128, 1)[:, :300]).to(e4m3))
 
 
+def assert_reference_bits(function, *args, **kwargs):
+    got, want = (properties.as_tuple(getattr(m, function)(*args, **kwargs)) for m in (ops, reference))
+    assert all(same_bits(g, w) for g, w in zip(got, want, strict=True)), function
+
+
+@given(st.integers(0, 2**31))
+def test_quotients_beside_a_tie_fall_on_its_right_side(seed):
+    """Whatever stands for the division: ratios a unit or two of the last place from where the code changes."""
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.randint(-60, 90, (16, 1), generator=generator)
+    amax = torch.ldexp(1 + torch.rand(16, 1, generator=generator), exponents)
+    e4m3_codes = torch.arange(0x7F, dtype=torch.uint8).view(e4m3).float()
+    for function, divisor, ties in (
+        ("quantize_fp8", 448, (e4m3_codes[1:] + e4m3_codes[:-1]) / 2),
+        ("quantize_int8", 127, torch.arange(127) + 0.5),
+        ("quantize_int4", 7, torch.arange(7) + 0.5),
+    ):
+        around = torch.arange(-3, 4, dtype=torch.int32)[:, None]
+        beside = ((amax / divisor * ties).view(torch.int32)[:, None] + around).view(torch.float32).flatten(1)
+        sign = torch.where(torch.rand(beside.shape, generator=generator) < 0.5, -1.0, 1.0)
+        # Runs of 96 and the largest magnitude, padded to groups of 128.
+        runs = torch.nn.functional.pad(beside * sign, (0, -beside.shape[1] % 96)).unflatten(1, (-1, 96))
+        x = torch.cat([amax[:, None].expand(-1, runs.shape[1], 1), runs.clamp(-amax[:, None], amax[:, None])], -1)
+        x = torch.nn.functional.pad(x, (0, 31)).flatten(1)
+        for isa in _native.available_isas():
+            with _native.using_cpu_isa(isa):
+                assert_reference_bits(function, x)
+
+
 # ---- blocks, rows and groups stand alone ----
 
 
@@ -164,12 +193,9 @@ def test_wide_rows_are_cut_where_nothing_shows(isa):
         ("quantize_int4", {"group_size": -1}),
         ("fake_quantize_int4", {"group_size": 64}),
     ):
-        got, want = (properties.as_tuple(getattr(m, name)(x, **kwargs)) for m in (ops, reference))
-        assert all(same_bits(g, w) for g, w in zip(got, want, strict=True)), name
-    q, scale = reference.quantize_fp8(x)
-    assert same_bits(ops.dequantize_fp8(q, scale), reference.dequantize_fp8(q, scale))
-    packed, scale, zeros = reference.quantize_int4(x, 32, False)
-    assert same_bits(ops.dequantize_int4(packed, scale, zeros), reference.dequantize_int4(packed, scale, zeros))
+        assert_reference_bits(name, x, **kwargs)
+    assert_reference_bits("dequantize_fp8", *reference.quantize_fp8(x))
+    assert_reference_bits("dequantize_int4", *reference.quantize_int4(x, 32, False))
 
 
 @DTYPES
@@ -207,8 +233,7 @@ def test_subnormals_and_signed_zeros(isa):
     for size in (1e-45, 3e-45, 1e-44, 1e-40, 1e-38):
         x = torch.linspace(-size, size, 32)[None]
         for symmetric in (True, False):
-            got, want = (m.quantize_int4(x, 32, symmetric) for m in (ops, reference))
-            assert all(same_bits(g, w) for g, w in zip(got, want, strict=True) if w is not None)
+            assert_reference_bits("quantize_int4", x, 32, symmetric)
 
 
 # ---- int8 and int4 ----
