@@ -2,21 +2,19 @@
 // message names the op, the argument, what it got and what it wants. Only binding.cpp files include this.
 #pragma once
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
 #include <limits>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
 #include "common/isa.h"
+#include "common/large_outputs.h"
 #include "common/out_of_memory.h"
 
 namespace glm5 {
@@ -85,30 +83,34 @@ inline Dtype float_dtype(const char* op, const char* name, const Tensor& t) {
 // nothing to do.
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-// Asks for large pages where malloc gave the tensor pages of its own (from 32 MiB on it always does), all of them still to
-// be put in place by their first use: 512 times fewer faults, a third of the time that small pages take.
-inline void advise_large_pages(const Tensor& t) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
-  if (bytes < 16 * kPage) return;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  const uintptr_t first = (start + kPage - 1) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), (start + bytes) / kPage * kPage - first, MADV_HUGEPAGE);
-#endif
+inline size_t element_bytes(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    case ScalarType::BFloat16:
+      return 2;
+    default:
+      return 1;
+  }
 }
 
 // A new contiguous CPU tensor.
 inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  size_t bytes = element_bytes(dtype);
+  for (const int64_t size : sizes)
+    if (__builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes))
+      throw OutOfMemory(std::numeric_limits<size_t>::max());
+  if (bytes >= kLargeOutput) {
+    if (std::optional<Tensor> large = large_output(sizes, dtype, bytes)) return *large;
+    throw OutOfMemory(bytes);
+  }
   try {
-    const Tensor t = torch::stable::empty(sizes, dtype, std::nullopt,
-                                          torch::stable::Device(torch::headeronly::DeviceType::CPU));
-    advise_large_pages(t);
-    return t;
+    return torch::stable::empty(sizes, dtype, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
   } catch (const std::runtime_error&) {  // says only that torch's allocator failed
-    size_t bytes = dtype == ScalarType::Double || dtype == ScalarType::Long ? 8 : dtype == ScalarType::BFloat16 ? 2 : 4;
-    for (const int64_t size : sizes)
-      if (__builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes)) bytes = std::numeric_limits<size_t>::max();
     throw OutOfMemory(bytes);
   }
 }

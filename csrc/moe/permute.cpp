@@ -54,18 +54,6 @@ GLM5_INLINE void stream_fence() {
 #endif
 }
 
-// Has the system put all pages in place. A first write into a page that arrives while another is streamed breaks the
-// streams' 64 bytes up: they took twice as long.
-void touch_pages(void* data, int64_t bytes) {
-  constexpr int64_t kPage = 4096, kPiece = int64_t{2} << 20;  // a piece is a large page, where there are some
-  const uintptr_t start = reinterpret_cast<uintptr_t>(data), end = start + bytes, first = start / kPiece;
-  parallel_tasks((end + kPiece - 1) / kPiece - first, [&](int64_t task) {
-    const uintptr_t piece = (first + task) * kPiece, stop = piece + kPiece < end ? piece + kPiece : end;
-    for (uintptr_t at = piece > start ? piece : start; at < stop; at = (at / kPage + 1) * kPage)
-      *reinterpret_cast<volatile char*>(at) = 0;
-  });
-}
-
 template <class T>
 void combine(const MoeCombineArgs& a) {
   using V = Vector<T>;
@@ -181,7 +169,6 @@ void moe_permute(const MoePermuteArgs& a) {
   }
   if (a.row_bytes == 0) return;
   const bool streamed = slots * a.row_bytes >= kStreamed;
-  if (streamed) touch_pages(a.xp, start * a.row_bytes);
   parallel_tasks((a.tokens + kTokenBlock - 1) / kTokenBlock, [&](int64_t task) {
     const int64_t end = (task + 1) * kTokenBlock < a.tokens ? (task + 1) * kTokenBlock : a.tokens;
     for (int64_t t = task * kTokenBlock; t < end; ++t)
