@@ -300,13 +300,13 @@ constexpr int kVectors = GLM5_ISA_LEVEL == 2 ? 4 : 2;
 template <int NH, int NV, class E, class V>
 GLM5_INLINE void add_dot_products(const E* heads, int64_t steps, const E* keys, V (&dots)[NH][NV]) {
   constexpr int L = V::kLanes;
-  for (int64_t s = 0; s < steps; ++s) {
+  for (int64_t s = 0; s < steps; ++s, ++heads, keys += kTileKeys) {
     decltype(load_step(keys)) key[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) key[v] = load_step(keys + s * kTileKeys + v * L);
+    for (int v = 0; v < NV; ++v) key[v] = load_step(keys + v * L);
 #pragma GCC unroll 8
     for (int h = 0; h < NH; ++h) {
-      const auto head = splat_step(heads + h * steps + s);
+      const auto head = splat_step(heads + h * steps);
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) dots[h][v] = multiply_add(head, key[v], dots[h][v]);
     }
