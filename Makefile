@@ -1,4 +1,4 @@
-# make run | build | test | test-slow | lint | bench | wheel | emulate | sanitize | clean
+# make run | build | test | test-slow | lint | bench | wheel | emulate | sanitize | mutation | clean
 #
 # Every target creates or reuses .venv by itself. All of it may be killed at any moment: type the same again and it goes on.
 # Needs Python >= 3.10 with venv, g++ and make; cmake, ninja and everything else come from pip, as constraints.txt pins them.
@@ -12,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: run build test test-slow lint bench wheel emulate sanitize clean kernels
+.PHONY: run build test test-slow lint bench wheel emulate sanitize mutation clean kernels
 .DEFAULT_GOAL := build
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -80,6 +80,12 @@ sanitize: build
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so) \
 	$(PY) -m pytest --capture=sys -m "not slow and not unsanitized" $(PYTEST_FLAGS) tests/ops tests/runtime
+
+# Faults planted in kernels (tests/mutation): the conformance kit must find each by the property named for it.
+mutation: build
+	@$(call alone,faulty)
+	$(PY) setup.py --quiet build_faulty
+	GLM5_LIBRARY_DIR=$(CURDIR)/build/faulty/lib $(PY) -m tests.mutation.judge
 
 clean:
 	rm -rf $(VENV) build dist wheelhouse python/glm5/*.so python/*.egg-info

@@ -41,8 +41,8 @@ def program(name: str) -> str:
     return found
 
 
-def cmake_build(build: Path, target: str, *options: str) -> None:
-    """Configures ``build`` unless it already is, in this very way, then builds ``target``."""
+def cmake_build(build: Path, target: str, *options: str, source: Path = ROOT) -> None:
+    """Configures ``build`` unless it already is, in this very way, then builds ``target`` of the sources in ``source``."""
     if target == "all" and not (torch_dir() / "include/torch/csrc/stable/tensor.h").exists():
         raise SystemExit(f"glm5: no torch >= 2.10 in {torch_dir()}; install it (-c constraints.txt) or set GLM5_TORCH_DIR")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
@@ -53,7 +53,7 @@ def cmake_build(build: Path, target: str, *options: str) -> None:
         "--fresh",
         "--log-level=WARNING",
         "-S",
-        str(ROOT),
+        str(source),
         "-B",
         str(build),
         "-G",
@@ -132,6 +132,15 @@ class BuildSanitized(BuildKernels):
         cmake_build(ROOT / "build" / "sanitized", "all", "-DGLM5_SANITIZE=ON")
 
 
+class BuildFaulty(BuildKernels):
+    """``build_faulty``: the portable ops with the faults of tests/mutation planted, left in build/faulty/lib."""
+
+    def run(self):
+        source = ROOT / "build" / "faulty" / "source"
+        subprocess.run([sys.executable, ROOT / "tests" / "mutation" / "compiled.py", source], check=True)
+        cmake_build(ROOT / "build" / "faulty", "glm5_ops", source=source)
+
+
 setup(
     ext_modules=[Extension("glm5._runtime", sources=[])],
     cmdclass={
@@ -139,5 +148,6 @@ setup(
         "build_ext": BuildLibraries,
         "build_kernels": BuildKernels,
         "build_sanitized": BuildSanitized,
+        "build_faulty": BuildFaulty,
     },
 )

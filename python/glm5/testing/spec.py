@@ -74,7 +74,7 @@ class OpSpec:
         special: (Draw, dtype) -> arguments with NaN, infinities, -0.0, for which the outputs are the reference's.
         poisons: arguments in which a NaN must show in the rows that see it and nowhere else; None: every floating one in
             ``rows`` and ``keys``.
-        empty: arguments -> whether some row has nothing to compute from, beyond what sizes, ks, ke and lists say.
+        empty: arguments -> bool [rows], which have nothing to compute from, beyond what ks, ke and lists say.
     """
 
     name: str
