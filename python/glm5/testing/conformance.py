@@ -1,8 +1,10 @@
 """``check``: runs an implementation of an op through every property and reports a verdict each."""
 
 import importlib
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -145,7 +147,8 @@ def _judge(candidate: Candidate, key: str, dtype: torch.dtype, seed: int, verdic
     try:
         found = judge(candidate, arguments, dtype)
     except Exception as error:  # whatever an implementation raises is its failure, and the next example may tell more
-        found = [f"raised {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"]
+        lines, frame = str(error).strip().splitlines(), traceback.extract_tb(error.__traceback__)[-1]
+        found = [f"raised {type(error).__name__}: {lines[0] if lines else ''} ({Path(frame.filename).name}:{frame.lineno})"]
     if found:
         text = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
         again = f"glm5.testing.example({candidate.op.name!r}, {key!r}, {dtype}, seed={seed})"

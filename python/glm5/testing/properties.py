@@ -146,7 +146,8 @@ def _measure(candidate, got, want, dtype):
         for g, w in zip(got, want, strict=True)
         if g.is_floating_point() and w.is_floating_point()
     ]
-    candidate.worst[dtype] = max([candidate.worst.get(dtype, (0.0, 1.0)), *errors], key=lambda e: e[0] / e[1])
+    if errors:
+        candidate.worst[dtype] = max([candidate.worst.get(dtype, (0.0, 1.0)), *errors], key=lambda e: e[0] / e[1])
 
 
 def _where(got, want) -> str:
