@@ -5,8 +5,8 @@
 
 namespace glm5::cpu::amx {
 
-// Products of so many rows are faster here than on vectors.
-inline constexpr int64_t kW4A8TileRows = 4;
+// Products of so many rows are faster here than on vectors, which few rows leave waiting for memory anyway.
+inline constexpr int64_t kW4A8TileRows = 9;
 
 void w4a8_gemm_tiles(const W4A8Args& a);
 
