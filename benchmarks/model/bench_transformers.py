@@ -167,10 +167,10 @@ def cases(quick: bool):
         work = [
             (f"prefill of {context} tokens", prefill, context, goal),
             (f"decode at {context}", decode, context, 50.0 if full else None),
-            (f"forward + backward of {context // 2} tokens", training, context // 2, 3.0 if full else None),
         ]
-        if full and not quick:
-            work.insert(2, ("decode at 32768", decode, 32768, 100.0))
+        if full:
+            work += [] if quick else [("decode at 32768", decode, 32768, 100.0)]
+            work += [(f"forward + backward of {context // 2} tokens", training, context // 2, 3.0)]
         for what, make, size, goal_ratio in work:
             steps = STEPS if make is decode else 1
             peer = models.call(make, "theirs", size)
