@@ -160,6 +160,20 @@ def test_quotients_beside_a_tie_fall_on_its_right_side(seed):
                 assert_reference_bits(function, x)
 
 
+@pytest.mark.parametrize(
+    "function, divisor, tie", [("quantize_fp8", 448, 2.0**-10), ("quantize_int8", 127, 0.5), ("quantize_int4", 7, 0.5)]
+)
+def test_a_quotient_just_above_half_a_unit_above_a_tie(isa, function, divisor, tie):
+    """2 tie / (2 - 2^-23) is the tie and a little more than half a unit: a product corrected once gives the tie itself."""
+    largest = 2 - 2.0**-23
+    amax = (torch.tensor(largest) * divisor).item()
+    x = torch.full((1, 128), 2 * tie)
+    x[0, 0] = amax
+    assert getattr(reference, function)(x)[1].item() == largest
+    assert_reference_bits(function, x)
+    assert getattr(ops, function)(x)[0].view(torch.uint8)[0, 1:].all()
+
+
 # ---- blocks, rows and groups stand alone ----
 
 

@@ -82,7 +82,16 @@ def _draw_dequantize_int4(draw, dtype):
 
 register(OpSpec("quantize_fp8", _draw_quantize_fp8, bitwise=True))
 register(OpSpec("dequantize_fp8", _draw_dequantize_fp8, bitwise=True))
-register(OpSpec("quantize_int8", _draw_quantize_int8, bitwise=True))
+register(OpSpec("quantize_int8", _draw_quantize_int8, bitwise=True, rows=("x",), outputs=("rows", "rows")))
 register(OpSpec("quantize_int4", _draw_quantize_int4("w"), bitwise=True))
-register(OpSpec("dequantize_int4", _draw_dequantize_int4, bitwise=True))
-register(OpSpec("fake_quantize_int4", _draw_quantize_int4("x"), differentiable=("x",), bitwise=True))
+register(
+    OpSpec(
+        "dequantize_int4", _draw_dequantize_int4, bitwise=True, rows=("packed", "scale", "zeros"), outputs=("rows",),
+        poisons=("scale",),
+    )
+)  # fmt: skip
+register(
+    OpSpec(
+        "fake_quantize_int4", _draw_quantize_int4("x"), differentiable=("x",), bitwise=True, rows=("x",), outputs=("rows",)
+    )
+)
