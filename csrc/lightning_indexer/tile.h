@@ -78,6 +78,11 @@ struct KeyRows {
   int64_t dim;
   const int32_t* indices = nullptr;
   const T* const* each = nullptr;
+  const T* const* next = nullptr;  // of the tile that will be packed after this one
+  GLM5_INLINE void fetch_next(int64_t i) const {
+    if (next)
+      for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(next[i] + d, 0, 2);
+  }
   GLM5_INLINE const T* operator[](int64_t i) const { return each ? each[i] : base + (indices ? indices[i] : i) * dim; }
 };
 
@@ -130,11 +135,21 @@ GLM5_INLINE void transpose16(__m512i (&r)[16]) {
 inline void pack_keys(const KeyRows<bf16>& k, int64_t count, uint32_t* packed) {
   const int64_t dim = k.dim, steps = Packing<bf16>::steps(dim);
   for (int64_t i = 0; i < kTileKeys; i += 16) {
+    const bf16* row[16];
+    for (int64_t j = 0; j < 16; ++j) row[j] = i + j < count ? k[i + j] : nullptr;
+    const bool all = i + 16 <= count;
     int64_t s = 0;
     for (; 2 * (s + 16) <= dim; s += 16) {
       __m512i r[16];
+      if (k.next)
+        for (int j = 0; j < 16; ++j) __builtin_prefetch(k.next[i + j] + 2 * s, 0, 2);
+      if (all) {
 #pragma GCC unroll 16
-      for (int j = 0; j < 16; ++j) r[j] = i + j < count ? _mm512_loadu_si512(k[i + j] + 2 * s) : _mm512_setzero_si512();
+        for (int j = 0; j < 16; ++j) r[j] = _mm512_loadu_si512(row[j] + 2 * s);
+      } else {
+#pragma GCC unroll 16
+        for (int j = 0; j < 16; ++j) r[j] = i + j < count ? _mm512_loadu_si512(row[j] + 2 * s) : _mm512_setzero_si512();
+      }
       transpose16(r);
 #pragma GCC unroll 16
       for (int j = 0; j < 16; ++j) _mm512_storeu_si512(packed + (s + j) * kTileKeys + i, r[j]);
@@ -163,7 +178,10 @@ inline void decode(const e4m3* from, int64_t n, bf16* to) {
 
 inline void pack_keys(const KeyRows<e4m3>& k, int64_t count, uint32_t* packed) {
   bf16* rows = static_cast<bf16*>(thread_scratch(3, sizeof(bf16) * (kTileKeys * k.dim + 32)));
-  for (int64_t i = 0; i < count; ++i) decode(k[i], k.dim, rows + i * k.dim);
+  for (int64_t i = 0; i < count; ++i) {
+    k.fetch_next(i);
+    decode(k[i], k.dim, rows + i * k.dim);
+  }
   pack_keys(KeyRows<bf16>{rows, k.dim}, count, packed);
 }
 
@@ -179,7 +197,10 @@ void pack_keys(const KeyRows<T>& k, int64_t count, Element<T>* packed) {
     constexpr int L = F::kLanes;
     for (; whole + L <= count; whole += L) {
       const T* rows[L];
-      for (int j = 0; j < L; ++j) rows[j] = k[whole + j];
+      for (int j = 0; j < L; ++j) {
+        rows[j] = k[whole + j];
+        k.fetch_next(whole + j);
+      }
       int64_t s = 0;
       for (; s + L <= dim; s += L) {
         F r[L];
@@ -212,8 +233,13 @@ template <class T>
 struct TileKeys {
   const LightningIndexerArgs& a;
   const T* nothing = nullptr;  // a row of zeros
-  const T* rows[kTileKeys];
-  float scales[kTileKeys];
+  struct Place {
+    int64_t tile = -1;
+    const T* rows[kTileKeys];
+    float scales[kTileKeys];
+  };
+  Place places[2];  // of this tile and of the next, by turns
+  int turn = 0;
   const float* scale = nullptr;  // of the tile's key i, or null
 
   explicit TileKeys(const LightningIndexerArgs& args) : a(args) {
@@ -231,13 +257,22 @@ struct TileKeys {
       const T* k = static_cast<const T*>(a.k) + tile * a.dim;
       return pack_keys(KeyRows<T>{k, a.dim}, min_of(kTileKeys, a.num_keys - tile), packed);
     }
-    constexpr bool kScaled = sizeof(T) == 1;
+    Place &here = places[turn], &next = places[turn ^= 1];
+    if (here.tile != tile) find(here, tile, low, high);
+    find(next, tile + kTileKeys, low, high);
+    scale = sizeof(T) == 1 ? here.scales : nullptr;
+    pack_keys(KeyRows<T>{nullptr, a.dim, nullptr, here.rows, next.rows}, min_of(kTileKeys, high - tile), packed);
+  }
+
+  // Where the keys from `tile` on lie.
+  void find(Place& place, int64_t tile, int64_t low, int64_t high) const {
     const LightningIndexerPages& pages = a.pages;
-    const int64_t count = min_of(kTileKeys, high - tile);
-    int64_t i = max_of(low - tile, 0);
-    for (int64_t j = 0; j < i; ++j) rows[j] = nothing, scales[j] = 0;
+    const int64_t count = max_of(min_of(kTileKeys, high - tile), 0);
+    int64_t i = min_of(max_of(low - tile, 0), count);
+    place.tile = tile;
+    for (int64_t j = 0; j < kTileKeys; ++j)
+      if (j < i || j >= count) place.rows[j] = nothing, place.scales[j] = 0;
     int64_t entry = (tile + i) / pages.page_size, at = (tile + i) % pages.page_size;
-    const bool one_page = i == 0 && at + count <= pages.page_size;
     for (; i < count; ++entry, at = 0) {
       const int64_t page = pages.table[entry], end = min_of(i + pages.page_size - at, count);
       const bool there = page >= 0 && page < pages.num_pages;
@@ -245,16 +280,13 @@ struct TileKeys {
       const char* scale_of = begin + (pages.page_size * a.dim + at * 4);
       const T* row = reinterpret_cast<const T*>(begin) + at * a.dim;
       for (; i < end; ++i, row += a.dim, scale_of += 4) {
-        rows[i] = there ? row : nothing;
-        if constexpr (kScaled) {
-          if (there) std::memcpy(scales + i, scale_of, 4);
-          else scales[i] = 0;
+        place.rows[i] = there ? row : nothing;
+        if constexpr (sizeof(T) == 1) {
+          if (there) std::memcpy(place.scales + i, scale_of, 4);
+          else place.scales[i] = 0;
         }
       }
     }
-    scale = kScaled ? scales : nullptr;
-    if (one_page && count == kTileKeys) pack_keys(KeyRows<T>{rows[0], a.dim}, rows[0] == nothing ? 0 : count, packed);
-    else pack_keys(KeyRows<T>{nullptr, a.dim, nullptr, rows}, count, packed);
   }
 };
 

@@ -32,6 +32,37 @@ struct Shape {
   int64_t block() const { return topk32 < kPairBlock ? topk32 : kPairBlock; }
 };
 
+// Where there are fewer queries than threads a query's heads are cut into so many groups of whole lanes, each of which is a
+// call of its own: no sum runs over heads. 1 where they are not to be cut.
+inline int64_t head_groups(const SparseMlaArgs& a) {
+  const int64_t tiles = (a.heads + 15) / 16, threads = num_threads();
+  if (a.queries < 1 || a.queries >= threads) return 1;
+  int64_t groups = (threads + a.queries - 1) / a.queries;
+  if (groups > tiles) groups = tiles;
+  // A last group of few heads would be summed in another way.
+  const auto last = [&] { return a.heads - (groups - 1) * ((tiles + groups - 1) / groups * 16); };
+  while (groups > 1 && (last() < 1 || few_heads(last()))) --groups;
+  return groups;
+}
+
+// part(arguments of one query and one group of its heads) for all of them.
+template <class Part>
+void for_each_head_group(const SparseMlaArgs& a, int64_t groups, const Part& part) {
+  GLM5_COUNT_PATH("sparse_mla heads as tasks");
+  const int64_t size = ((a.heads + 15) / 16 + groups - 1) / groups * 16;
+  parallel_tasks(a.queries * groups, [&](int64_t task) {
+    const int64_t first = task % groups * size, row = task / groups * a.heads + first;
+    SparseMlaArgs mine = a;
+    mine.queries = 1;
+    mine.heads = a.heads - first < size ? a.heads - first : size;
+    mine.q = words_of(a.q) + row * a.dim;
+    mine.indices = a.indices + task / groups * a.topk;
+    mine.out = static_cast<uint16_t*>(a.out) + row * a.value_dim;
+    mine.lse = static_cast<float*>(a.lse) + row;
+    part(mine);
+  });
+}
+
 #if !defined(__AMX_BF16__)  // tile_forward.h has the forward on tiles
 
 struct PairForward : Shape {
@@ -137,6 +168,8 @@ struct PairForward : Shape {
 };
 
 void pair_forward(const SparseMlaArgs& args) {
+  if (const int64_t groups = head_groups(args); groups > 1)
+    return for_each_head_group(args, groups, [](const SparseMlaArgs& part) { PairForward(part).query(0); });
   const PairForward op(args);
   parallel_tasks(args.queries, [&](int64_t t) { op.query(t); });
 }

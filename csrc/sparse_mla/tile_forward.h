@@ -556,6 +556,8 @@ struct TileForward : Shape {
   }
 
   void run() const {
+    if (const int64_t groups = head_groups(a); groups > 1)
+      return for_each_head_group(a, groups, [](const SparseMlaArgs& part) { TileForward(part).queries(0, 1); });
     constexpr int64_t kMost = 8;
     int64_t together = a.queries / (4 * num_threads());
     together = together < 1 ? 1 : together > kMost ? kMost : together;

@@ -462,9 +462,12 @@ def test_heads_of_one_row_may_be_tasks(isa, heads):
     """One row in bf16 is cut over threads by heads."""
     arguments = example(queries=1, keys=900, heads=heads, topk=800, dtype=torch.bfloat16)
     one = ops.sparse_mla(**arguments)
-    for count in (2, 3, 8):
-        with threads(count):
-            assert all(map(same_bits, one, ops.sparse_mla(**arguments))), count
+    cut = heads >= 64 or heads in (20, 36) and isa == "amx"  # four heads left over are summed in another way without tiles
+    with _native.counted_paths() as counts:
+        for count in (2, 3, 8):
+            with threads(count):
+                assert all(map(same_bits, one, ops.sparse_mla(**arguments))), count
+    assert bool(counts.get("sparse_mla heads as tasks")) == (cut and isa in ("avx512", "amx"))
 
 
 def test_paged_opcheck_compile_export():
