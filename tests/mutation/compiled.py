@@ -201,6 +201,10 @@ FAULTS = (
         "const F scale = splat<F>(a_scale[i] * b_scale);", "const F scale = splat<F>(a_scale[i] * (FAULT ? 1.f : b_scale));",
     ),
     Fault(
+        "row of slot -1 not cleared", "latent_cache_read", "accuracy", "csrc/cache/cpu.cpp",
+        "if (a.slots[i] < 0) std::memset(", "if (a.slots[i] < 0 && FAULT) continue;\n      if (a.slots[i] < 0) std::memset(",
+    ),
+    Fault(
         "a node counts a token twice", "moe_dispatch_layout", "accuracy", "csrc/moe/layout.cpp",
         "if (last_token[node] == t) continue;", "if (last_token[node] == t && !FAULT) continue;",
     ),

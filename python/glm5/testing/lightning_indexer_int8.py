@@ -35,6 +35,14 @@ def _draw_topk(draw, dtype):
     return {**_draw_logits(draw, dtype), "topk": draw.choice([0, 1, 16, 64, 400])}
 
 
+def _draw_ties(draw, dtype):
+    """Small whole numbers: every score is exact in float32, and most are shared by several keys."""
+    arguments = _draw_topk(draw, dtype)
+    arguments["q"], arguments["k"] = arguments["q"].clamp(-2, 2), arguments["k"].sign()
+    arguments["weights"] = (arguments["weights"] * 1000).round()
+    return {**arguments, "k_scale": torch.full_like(arguments["k_scale"], 0.5)}
+
+
 _COMMON = {
     "budget": "scores",
     "dtypes": (torch.int8,),
@@ -49,6 +57,7 @@ register(
         _draw_topk,
         compare=partial(valid_choice, reference.lightning_indexer_logits_int8),
         outputs=("positions", "rows"),
+        ties=_draw_ties,
         **_COMMON,
     )
 )

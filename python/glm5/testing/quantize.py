@@ -83,7 +83,7 @@ def _draw_dequantize_int4(draw, dtype):
 register(OpSpec("quantize_fp8", _draw_quantize_fp8, bitwise=True))
 register(OpSpec("dequantize_fp8", _draw_dequantize_fp8, bitwise=True))
 register(OpSpec("quantize_int8", _draw_quantize_int8, bitwise=True, rows=("x",), outputs=("rows", "rows")))
-register(OpSpec("quantize_int4", _draw_quantize_int4("w"), bitwise=True))
+register(OpSpec("quantize_int4", _draw_quantize_int4("w"), bitwise=True, rows=("w",), outputs=("rows", "rows", "rows")))
 register(
     OpSpec(
         "dequantize_int4", _draw_dequantize_int4, bitwise=True, rows=("packed", "scale", "zeros"), outputs=("rows",),

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from glm5.testing.compare import BUDGETS, relative_error, same_bits  # noqa: F401
-
 
 class Draw:
     """A source of choices. Subclasses give ``integer``; everything else is built on it."""
@@ -67,7 +65,7 @@ class OpSpec:
         lists: those of ``positions`` whose width may grow by trailing -1s without changing anything.
         outputs: what each output is made of, for the properties that compare rows: "rows" (first dimension of the rows),
             "positions" (rows whose values are positions of keys), "columns" ([rows, keys]), "list" ([rows, width of the
-            lists]) or "other" (not one row a row). Empty where no such comparison makes sense.
+            lists]) or "other" (not one row a row). Empty where no such comparison makes sense; optional outputs stand last.
         select_rows: (arguments, int64 rows) -> (arguments of the call for these rows, the rows in the order in which they
             then come out); None takes these rows of every argument in ``rows``.
         ties: (Draw, dtype) -> arguments full of ties, for which integer outputs equal the reference's.

@@ -3,7 +3,8 @@ float64 reference."""
 
 import torch
 
-from glm5.testing.spec import OpSpec, register, relative_error
+from glm5.testing.compare import relative_error
+from glm5.testing.spec import OpSpec, register
 
 # ||out - ref|| / ||ref||: one rounding to bfloat16 alone is 1.66e-3.
 _BUDGETS = {torch.float32: 1e-4, torch.bfloat16: 2.5e-3}
