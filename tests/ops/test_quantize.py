@@ -164,7 +164,7 @@ def test_quotients_beside_a_tie_fall_on_its_right_side(seed):
     "function, divisor, tie", [("quantize_fp8", 448, 2.0**-10), ("quantize_int8", 127, 0.5), ("quantize_int4", 7, 0.5)]
 )
 def test_a_quotient_just_above_half_a_unit_above_a_tie(isa, function, divisor, tie):
-    """2 tie / (2 - 2^-23) is the tie and a little more than half a unit: a product corrected once gives the tie itself."""
+    """2 tie / (2 - 2^-23) is the tie and 2^-48 of it more than half a unit: the hardest quotient to round."""
     largest = 2 - 2.0**-23
     amax = (torch.tensor(largest) * divisor).item()
     x = torch.full((1, 128), 2 * tie)
