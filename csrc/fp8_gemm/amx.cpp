@@ -1,8 +1,8 @@
 // Products of e4m3 matrices on AMX tiles (contract: fp8_gemm.h). Lines of b (columns of the product) stream: a block of 32
-// or 64 lines x 128 of k is decoded to bf16 tiles in L1 and meets packed rows, up to 64 of them at a time. TDPBF16PS adds 32 products
-// to each of 16 x 16 sums in an order that no other row or column can change; four of them are a block's sum, which leaves
-// the tile unit to be scaled and added to the blocks before it. Scaling one block's sums and decoding the next block's lines
-// goes on beside the tile unit's work.
+// or 64 lines x 128 of k is decoded to bf16 tiles in L1 and meets packed rows, up to 64 of them at a time. TDPBF16PS adds
+// 32 products to each of 16 x 16 sums in an order that no other row or column can change; four of them are a block's sum,
+// which leaves the tile unit to be scaled and added to the blocks before it. Scaling one block's sums and decoding the next
+// block's lines goes on beside the tile unit's work.
 #include "fp8_gemm/pairs.h"
 #include "fp8_gemm/units.h"
 
@@ -18,10 +18,10 @@ constexpr int64_t kCallFloats = 4 * kTileFloats, kMaxCalls = 4;
 // Along a line, to what is prefetched. More than 32 lines at once are more than the memory system follows.
 constexpr int64_t kAhead = 4 * kFp8Block;
 
-// Lines that are decoded together: with many rows twice as many, so that those are read half as often.
-int64_t line_tiles_of(const Unit& u) { return u.rows > 2 * kTile ? 4 : 2; }
+// Lines that are decoded together: with many chunks of rows twice as many, so that those are read half as often.
+int64_t line_tiles_of(const Unit& u) { return u.rows > kChunk ? 4 : 2; }
 
-// ---- Rows: [chunk of rows][block][tile of rows][step][16 pairs of k][width], then scales [chunk][block][tile][pattern] ----
+// ---- Rows: [chunk of rows][block][tile of rows][step][16 pairs of k][width]; scales [chunk][block][tile][pattern] ----
 
 // Rows in a tile: all there are where they are few, so that they stay small.
 int64_t width_of(const Unit& u) { return u.rows < kTile ? u.rows : kTile; }
@@ -225,7 +225,7 @@ struct Kernel {
   // With few rows lines come from memory: a task reads on from one group of lines to the next.
   static int64_t stripe(const Unit& u) {
     const int64_t lines = line_tiles_of(u) * kTile;
-    return u.rows <= 2 * kTile && u.g->n >= 4 * kFp8Block * num_threads() ? kFp8Block : lines;
+    return u.rows <= kChunk && u.g->n >= 4 * kFp8Block * num_threads() ? kFp8Block : lines;
   }
 
   static void run(const Unit& u, int64_t first, int64_t last) {
