@@ -2,7 +2,7 @@
 // what the zero point is off by, zero * (sum of x over the group), is exact in integers and where the sums start.
 //
 // Few rows: weights stream past once, nibbles are split in registers. Many rows (AVX-512): the task's weights are split into
-// bytes once, in memory that stays in L2, and read from there for every tile of rows.
+// bytes a few groups at a time, in memory that stays in L1, and read from there for every tile of rows.
 #include "common/parallel.h"
 #include "w4a8_gemm/layout.h"
 #include "w4a8_gemm/tile.h"
@@ -25,7 +25,7 @@ GLM5_INLINE void finish(const W4A8Args& a, int64_t row, int64_t count, int64_t c
   }
 }
 
-// A product's rows in tiles: fn(row, rows) for all, or those from tile `first` to before `last`.
+// fn(row, rows) for every tile of a product's rows.
 template <class Fn>
 GLM5_INLINE void each_tile(const W4A8Product& p, const Fn& fn) {
   for (int64_t done = 0; done < p.m;) {
