@@ -203,6 +203,7 @@ FAULTS = (
     Fault(
         "row of slot -1 not cleared", "latent_cache_read", "accuracy", "csrc/cache/cpu.cpp",
         "if (a.slots[i] < 0) std::memset(", "if (a.slots[i] < 0 && FAULT) continue;\n      if (a.slots[i] < 0) std::memset(",
+        also=("empty",), why="of a pool without pages every slot is -1",
     ),
     Fault(
         "a node counts a token twice", "moe_dispatch_layout", "accuracy", "csrc/moe/layout.cpp",
