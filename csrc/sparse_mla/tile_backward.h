@@ -283,7 +283,6 @@ struct TileBackward : TileForward {
       }
   }
 
-  //Q
   void queries(int64_t t, int64_t here) const {
     constexpr int64_t kMost = 4;
     int64_t together = here / (4 * num_threads());
