@@ -15,8 +15,13 @@ def _ids(draw, tokens, topk, experts, distinct=True, holes=False):
     return ids.masked_fill(torch.rand(tokens, topk, generator=generator) < 0.2, -1) if holes else ids
 
 
+def _tokens(draw, most):
+    """0 to ``most``. The simplest draw is 5, as most properties need rows."""
+    return (draw.integer(0, most) + 5) % (most + 1)
+
+
 def _router_arguments(draw, dtype, logits_of):
-    tokens, experts = draw.integer(0, 70), draw.choice([4, 12, 16, 256])
+    tokens, experts = _tokens(draw, 70), draw.choice([4, 12, 16, 256])
     num_groups = draw.choice([1, 1, 2, 4])
     topk_groups = draw.integer(1, num_groups)
     topk = draw.integer(1, min(8, experts // num_groups * topk_groups))
@@ -83,7 +88,7 @@ register(
 
 
 def _draw_moe_permute(draw, dtype):
-    tokens, topk, experts = draw.integer(0, 50), draw.choice([1, 2, 8]), draw.choice([8, 11, 256])
+    tokens, topk, experts = _tokens(draw, 50), draw.choice([1, 2, 8]), draw.choice([8, 11, 256])
     return {
         "x": draw.tensor(tokens, draw.choice([1, 16, 33, 576]), dtype=dtype),
         "ids": _ids(draw, tokens, topk, experts, draw.choice([True, False]), draw.choice([True, False])),
@@ -127,7 +132,7 @@ register(
 
 
 def _draw_moe_unpermute(draw, dtype):
-    tokens, topk = draw.integer(0, 50), draw.choice([1, 2, 8])
+    tokens, topk = _tokens(draw, 50), draw.choice([1, 2, 8])
     generator = torch.Generator().manual_seed(draw.integer(0, 2**31 - 1))
     slots = torch.randperm(tokens * topk, generator=generator).view(tokens, topk).to(torch.int32)
     if draw.choice([True, False]):
@@ -153,7 +158,7 @@ register(
 
 
 def _draw_moe_dispatch_layout(draw, dtype):
-    tokens, topk = draw.integer(0, 50), draw.choice([1, 2, 8])
+    tokens, topk = _tokens(draw, 50), draw.choice([1, 2, 8])
     ranks_per_node, nodes, experts_a_rank = draw.choice([1, 2, 3, 8]), draw.choice([1, 2, 4]), draw.choice([1, 2, 5])
     ranks = ranks_per_node * nodes
     experts = ranks * experts_a_rank
