@@ -293,8 +293,10 @@ __attribute__((noinline)) void run_tile(const W4A8Weight& w, const Block& b0, co
       for (int r = 0; r < kRows; ++r)
         for (int64_t c = 0; c < b.columns; ++c) exact[r * kBlock + c] = sums[r] * (w.zeros ? b.zeros[g * b.columns + c] : 1);
       add_group<kRows>(w, b, g, x, exact);
+      float scales[kBlock];  // they may lie at any byte
+      std::memcpy(scales, scales_of(b, g), sizeof(float) * b.columns);
       for (int64_t c = 0; c < b.columns; c += F::kLanes) {
-        const F scale = load_n(scales_of(b, g) + c, b.columns - c);
+        const F scale = load_n(scales + c, b.columns - c);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
           float* row = out + r * kColumns + half * kBlock + c;
