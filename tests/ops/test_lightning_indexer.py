@@ -10,21 +10,12 @@ from glm5.testing import RandomDraw, check, relative_error, spec
 from tests.ops import properties
 from tests.ops.paged import BAD_PAGES, KE, KS, PAGE_SIZES, SEQUENCE, changed, elsewhere, indexer_layout
 from tests.ops.properties import same_bits
+from tests.ops.ranges import causal, int32
 
 LOGITS, TOPK = spec("lightning_indexer_logits"), spec("lightning_indexer_topk")
 DTYPES = pytest.mark.parametrize("dtype", LOGITS.dtypes, ids=["bf16", "float32", "e4m3"])
 FLOATS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "float32"])
 INF, NAN = float("inf"), float("nan")
-
-
-def int32(values):
-    return torch.as_tensor(values, dtype=torch.int32)
-
-
-def causal(queries, keys):
-    """Ranges of a packed batch of two documents, the second of which starts at key 29."""
-    query = torch.arange(queries)
-    return int32(torch.where(query < 29, 0, 29).clamp(max=keys)), int32((query + 1).clamp(max=keys))
 
 
 def draw_inputs(dtype, queries=37, keys=150, heads=6, dim=40, seed=0):

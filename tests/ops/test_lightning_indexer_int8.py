@@ -8,20 +8,11 @@ from hypothesis import strategies as st
 from glm5 import _native, ops, reference
 from glm5.testing import RandomDraw, check, relative_error, same_bits, spec
 from tests.ops import properties
+from tests.ops.ranges import causal, int32
 
 LOGITS, TOPK = spec("lightning_indexer_logits_int8"), spec("lightning_indexer_topk_int8")
 OPS = pytest.mark.parametrize("op", [LOGITS, TOPK], ids=lambda op: op.name)
 INF, NAN = float("inf"), float("nan")
-
-
-def int32(values):
-    return torch.as_tensor(values, dtype=torch.int32)
-
-
-def causal(queries, keys):
-    """Ranges of a packed batch of two documents, the second of which starts at key 29."""
-    query = torch.arange(queries)
-    return int32(torch.where(query < 29, 0, 29).clamp(max=keys)), int32((query + 1).clamp(max=keys))
 
 
 def draw_inputs(queries=37, keys=150, heads=6, dim=40, seed=0):

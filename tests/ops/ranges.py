@@ -1,0 +1,13 @@
+"""Key ranges that tests of several families ask with."""
+
+import torch
+
+
+def int32(values):
+    return torch.as_tensor(values, dtype=torch.int32)
+
+
+def causal(queries, keys):
+    """Ranges of a packed batch of two documents, the second of which starts at key 29."""
+    query = torch.arange(queries)
+    return int32(torch.where(query < 29, 0, 29).clamp(max=keys)), int32((query + 1).clamp(max=keys))
