@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glm5 import _native, ops
 from glm5.testing import PROPERTIES, Candidate, OpSpec, RandomDraw, same_bits
-from glm5.testing.properties import compiles_both, complaints, determinism, threads
+from glm5.testing.judges import compiles_both, complaints, determinism, threads
 from glm5.testing.spec import as_tuple
 from glm5.testing.strategies import HypothesisDraw
 

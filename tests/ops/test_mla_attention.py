@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from glm5 import _native, ops, reference
 from glm5.testing import RandomDraw, same_bits, spec
-from glm5.testing.properties import complaints
+from glm5.testing.judges import complaints
 from tests.ops import properties
 from tests.ops.paged import BAD_PAGES, KE, KS, PAGE_SIZES, SEQUENCE, changed, elsewhere, latent_layout
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from glm5 import _native, ops, reference
 from glm5.testing import RandomDraw, relative_error, spec
-from glm5.testing.properties import complaints
+from glm5.testing.judges import complaints
 from glm5.testing.sparse_mla import draw_indices
 from tests.ops import properties
 from tests.ops.paged import BAD_PAGES, PAGE_SIZES, SEQUENCE, changed, elsewhere, latent_layout

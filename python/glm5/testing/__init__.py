@@ -7,7 +7,8 @@ docs/bring-your-own-kernel.md is the guide.
 
 from glm5.testing.compare import BUDGETS, allowed_error, relative_error, same_bits
 from glm5.testing.conformance import ConformanceError, Report, Verdict, check, example
-from glm5.testing.properties import PROPERTIES, Candidate, Property
+from glm5.testing.judges import Candidate
+from glm5.testing.properties import PROPERTIES, Property
 from glm5.testing.spec import Draw, OpSpec, RandomDraw, spec, specs
 
 __all__ = [

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from glm5.testing.properties import PROPERTIES, Candidate
+from glm5.testing.judges import Candidate
+from glm5.testing.properties import PROPERTIES
 from glm5.testing.spec import OpSpec, RandomDraw, spec
 
 SHOWN = 3  # failures of a property that a report prints

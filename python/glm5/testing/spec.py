@@ -1,7 +1,8 @@
 """What an op promises, as data: how to draw its inputs, which are differentiable, how far from float64 it may be.
 
 An ``OpSpec`` per op is registered by the family modules beside this one (``norm.py`` and so on). Inputs are drawn through a
-``Draw``, so that ``check`` can use a seeded generator and the test suite hypothesis, on the same description.
+``Draw``, so that ``check`` can use a seeded generator and the test suite hypothesis, on the same description. What the
+description says of given arguments (how many rows, which of them are empty) is asked here too.
 """
 
 import importlib
@@ -138,6 +139,34 @@ def widened(arguments: dict) -> dict:
     return {
         k: v.detach().double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()
     }
+
+
+def number_of_rows(op: OpSpec, arguments: dict) -> int:
+    """How many rows the arguments speak of."""
+    return next(arguments[k].shape[0] for k in op.rows if arguments.get(k) is not None)
+
+
+def select_rows(op: OpSpec, arguments: dict, rows: torch.Tensor) -> tuple[dict, torch.Tensor]:
+    """The call for some rows (int64, any order), and those rows in the order in which they come out."""
+    if op.select_rows is not None:
+        return op.select_rows(arguments, rows)
+    return {k: v[rows] if k in op.rows and v is not None else v for k, v in arguments.items()}, rows
+
+
+def empty_rows(op: OpSpec, arguments: dict) -> torch.Tensor | None:
+    """bool [rows]: which have nothing to compute from, by an empty range or a list without a key. None where a size is 0,
+    so that it is all of them."""
+    if any(isinstance(v, torch.Tensor) and v.numel() == 0 for v in arguments.values()):
+        return None
+    empty = torch.zeros(number_of_rows(op, arguments) if op.rows else 0, dtype=torch.bool)
+    if op.empty is not None:
+        empty = empty | op.empty(arguments)
+    if arguments.get("ks") is not None:
+        empty = empty | (arguments["ks"] >= arguments["ke"])
+    for name in op.positions:
+        if arguments.get(name) is not None and arguments[name].dim() == 2:
+            empty = empty | (arguments[name] < 0).all(1)
+    return empty
 
 
 def as_tuple(outputs) -> tuple:
