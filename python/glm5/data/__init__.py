@@ -2,6 +2,18 @@
 
 from glm5.data.batches import Batch, PackedDataset
 from glm5.data.corpus import Corpus, CorpusError, python_stdlib
+from glm5.data.shards import DataError, DataFolder, DataWriter, open_data
 from glm5.data.tokenizer import ByteTokenizer
 
-__all__ = ["Batch", "ByteTokenizer", "Corpus", "CorpusError", "PackedDataset", "python_stdlib"]
+__all__ = [
+    "Batch",
+    "ByteTokenizer",
+    "Corpus",
+    "CorpusError",
+    "DataError",
+    "DataFolder",
+    "DataWriter",
+    "PackedDataset",
+    "open_data",
+    "python_stdlib",
+]

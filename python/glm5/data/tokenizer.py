@@ -1,5 +1,7 @@
 """Bytes as tokens, with GLM's special tokens behind them. Text can never spell a special token: those are added by id."""
 
+import hashlib
+
 import numpy as np
 
 # Names and order of the GLM-4.5 / GLM-5 tokenizer's added tokens. New ones go to the end: ids are stored in checkpoints.
@@ -39,7 +41,9 @@ class ByteTokenizer:
     'π = 3'
     """
 
+    kind = "bytes"
     vocab_size = 256 + len(SPECIAL_TOKENS)
+    digest = hashlib.sha256("\0".join(("bytes", *SPECIAL_TOKENS)).encode()).hexdigest()  # equal digest, equal ids
 
     def __init__(self):
         self.special_ids = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
