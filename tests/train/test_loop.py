@@ -6,26 +6,37 @@ import pytest
 import torch
 
 from glm5.train import loop
-from glm5.train.loop import OBJECTIVES, StageState, total_loss, train_stage
+from glm5.train.loop import StageState, TrainingError, total_loss, train_stage
 from glm5.train.metrics import MetricsLog
+from glm5.train.parameters import indexer_names
 from glm5.train.run import build_model, open_run, prepare, run_stages
 from glm5.train.schedule import lr_factor
+from glm5.train.stages import KINDS, stage_of
 from tests.train.test_run import STAGES, small_recipe
+
+ASKED = {"lm": 2.0, "mtp": [1.0, 5.0], "indexer_kl": 0.25}
 
 
 def losses(**changes):
-    named = {"lm": 2.0, "mtp": [1.0, 5.0], "indexer_kl": 0.25} | changes
-    return {n: [torch.tensor(x) for x in v] if isinstance(v, list) else torch.tensor(v) for n, v in named.items()}
+    named = ASKED | changes
+    return {
+        n: [torch.tensor(x) for x in v] if isinstance(v, list) else None if v is None else torch.tensor(v)
+        for n, v in named.items()
+    }
 
 
 @pytest.mark.parametrize(
-    "kind, total", [("pretrain", 2 + 0.3 * 3), ("dsa-warmup", 0.25), ("dsa-sparse", 2 + 0.3 * 3 + 0.25)]
+    "given, total",
+    [
+        ({}, 2 + 0.3 * 3 + 0.25),
+        ({"indexer_kl": None}, 2 + 0.3 * 3),
+        ({"indexer_kl": None, "mtp": []}, 2.0),
+        ({"lm": None, "mtp": []}, 0.25),
+    ],
 )
-def test_the_loss_of_a_stage(kind, total):
-    stage = small_recipe("stages.dsa-sparse.mtp_weight=0.3").stages[kind]
-    torch.testing.assert_close(total_loss(losses(), stage), torch.tensor(total))
-    if kind == "pretrain":
-        torch.testing.assert_close(total_loss(losses(mtp=[]), stage), torch.tensor(2.0))
+def test_the_total_is_the_weighted_sum_of_what_was_asked_for(given, total):
+    recipe = small_recipe("stages.pretrain.mtp_weight=0.3").stages["pretrain"]
+    torch.testing.assert_close(total_loss(losses(**given), recipe), torch.tensor(total))
 
 
 class Recorder:
@@ -52,30 +63,79 @@ class Recorder:
 @pytest.mark.parametrize("begin", [0, 3])
 def test_rates_and_packs_follow_the_step(monkeypatch, tmp_path, begin):
     recorder, asked = Recorder(), []
-    stage = small_recipe("stages.pretrain.steps=6", "stages.pretrain.warmup_steps=2").stages["pretrain"]
+    stage = stage_of(small_recipe("stages.pretrain.steps=6", "stages.pretrain.warmup_steps=2"), "pretrain")
     monkeypatch.setattr(loop, "make_optimizers", lambda model, stage: {"only": (recorder, 0.5)})
     monkeypatch.setattr(loop, "total_loss", lambda *_: torch.ones((), requires_grad=True))
-    model = types.SimpleNamespace(losses=lambda *_, **__: losses() | {"expert_load": 0}, update_router_bias=lambda *_: None)
+    model = types.SimpleNamespace(
+        losses=lambda *_, **__: losses() | {"expert_load": 0},
+        update_router_bias=lambda *_: None,
+        named_parameters=lambda: (),
+    )
     dataset = types.SimpleNamespace(batch=lambda *arguments: asked.append(arguments))
     log = MetricsLog(tmp_path / "m")
     train_stage(model, "pretrain", stage, dataset, 70, StageState(begin), log, lambda state: None)
-    assert recorder.steps == [(step, 0.5 * lr_factor(step, stage)) for step in range(begin, 6)]
-    assert asked == [(step, stage.packs_per_step, 70) for step in range(begin, 6)]
+    assert recorder.steps == [(step, 0.5 * lr_factor(step, stage.recipe)) for step in range(begin, 6)]
+    assert asked == [(step, stage.recipe.packs_per_step, 70) for step in range(begin, 6)]
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES)
-def test_router_biases_move_unless_the_model_is_frozen(kind, tmp_path):
-    recipe = small_recipe(*(f"stages.{kind}.{key}" for key in ("steps=1", "router_bias_rate=0.5", "packs_per_step=1")))
+def one_step(stage, overrides, folder, model=None):
+    """The model after one update of the stage called `stage`."""
+    recipe = small_recipe(*(f"stages.{stage}.{key}" for key in ("steps=1", "packs_per_step=1", *overrides)))
     prepare(recipe)
-    run = open_run(recipe, tmp_path)
-    model = build_model(recipe)
-    stage = recipe.stages[kind]
-    dataset = run.dataset("train", stage.sequence_length)
-    train_stage(model, kind, stage, dataset, 0, StageState(), run.metrics, lambda state: None)
-    run.close()
+    run = open_run(recipe, folder)
+    model = model or build_model(recipe)
+    dataset = run.dataset("train", recipe.stages[stage].sequence_length)
+    try:
+        train_stage(model, stage, stage_of(recipe, stage), dataset, 0, StageState(), run.metrics, lambda state: None)
+    finally:
+        run.close()
+    return model
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_router_biases_move_unless_the_model_is_frozen(stage, tmp_path):
+    model = one_step(stage, ["router_bias_rate=0.5"], tmp_path)
     biases = torch.stack([layer.gate.e_score_correction_bias for layer in model.moe_layers()])
-    assert set(biases.unique().tolist()) <= ({0.0} if kind == "dsa-warmup" else {-0.5, 0.0, 0.5})
-    assert (biases != 0).any() == (kind != "dsa-warmup")
+    assert set(biases.unique().tolist()) <= ({0.0} if stage == "dsa-warmup" else {-0.5, 0.0, 0.5})
+    assert (biases != 0).any() == (stage != "dsa-warmup")
+
+
+def test_an_update_that_would_touch_what_is_frozen_is_refused(tmp_path, monkeypatch):
+    """Nobody can give a frozen parameter a gradient by way of autograd, so it is planted; and so is a greedy optimizer."""
+    make_optimizers = loop.make_optimizers
+
+    def leaking(model, stage):
+        optimizers = make_optimizers(model, stage)
+        model.model.norm.weight.grad = torch.zeros_like(model.model.norm.weight)
+        return optimizers
+
+    def greedy(model, stage):
+        optimizers = make_optimizers(model, stage)
+        optimizers["indexer"][0].parameters["model.norm.weight"] = model.model.norm.weight
+        return optimizers
+
+    message = "stage dsa-warmup, step 0: model.norm.weight and 0 other parameters are not the stage's to train"
+    for faulty in (leaking, greedy):
+        monkeypatch.setattr(loop, "make_optimizers", faulty)
+        with pytest.raises(TrainingError, match=message):
+            one_step("dsa-warmup", [], tmp_path / faulty.__name__)
+    monkeypatch.setattr(loop, "make_optimizers", leaking)
+    one_step("dsa-sparse", [], tmp_path / "sparse")  # there the parameter learns
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stage_asks_for_nothing_that_it_does_not_train(kind, tmp_path):
+    """What a stage lets learn has a gradient, and nothing else has: of all parameters of the model."""
+    name = next(n for n, s in small_recipe().stages.items() if s.kind == kind)
+    stage, model = stage_of(small_recipe(), name), build_model(small_recipe())
+    run = open_run(small_recipe(), tmp_path)
+    batch = run.dataset("train", 64).batch(0, 2)
+    run.close()
+    stage.form.give(model)
+    total_loss(stage.losses(model, batch), stage.recipe).backward()  # with every parameter asking for a gradient
+    indexer = indexer_names(model)
+    for parameter, p in model.named_parameters():
+        assert (p.grad is not None) == stage.learns(parameter in indexer), parameter
 
 
 def test_stages_of_one_length_go_through_the_train_text_once(tmp_path, monkeypatch):
@@ -83,8 +143,9 @@ def test_stages_of_one_length_go_through_the_train_text_once(tmp_path, monkeypat
     recipe, drawn = small_recipe("stages.pretrain.sequence_length=128"), {}
 
     def record(model, name, stage, dataset, first_pack, state, metrics, save, validate):
-        drawn[name] = [dataset.batch(step, stage.packs_per_step, first_pack).tokens for step in range(stage.steps)]
-        state.step = stage.steps
+        steps, packs = stage.recipe.steps, stage.recipe.packs_per_step
+        drawn[name] = [dataset.batch(step, packs, first_pack).tokens for step in range(steps)]
+        state.step = steps
         save(state)
 
     monkeypatch.setattr("glm5.train.run.train_stage", record)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from glm5.train.loop import OBJECTIVES
 from glm5.train.optim import AdamW, Muon
 from glm5.train.parameters import indexer_names, make_optimizers, muon_splits
 from glm5.train.run import build_model
-from tests.train.test_run import small_recipe
+from glm5.train.stages import stage_of
+from tests.train.test_run import STAGES, small_recipe
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_every_split_covers_its_parameter_once(model):
 
 def test_muon_takes_the_matrices_and_adamw_the_edges(model):
     recipe = small_recipe()
-    optimizers = make_optimizers(model, recipe.stages["pretrain"])
+    optimizers = make_optimizers(model, stage_of(recipe, "pretrain"))
     muon, adamw = optimizers["muon"][0], optimizers["adamw"][0]
     assert isinstance(muon, Muon) and isinstance(adamw, AdamW)
     edges = {"model.embed_tokens.weight", "lm_head.weight"} | {n for n in adamw.parameters if n.endswith("mlp.gate.weight")}
@@ -65,15 +65,17 @@ def test_muon_takes_the_matrices_and_adamw_the_edges(model):
     assert all(p.dim() >= 2 for p in muon.parameters.values())
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES)
-def test_a_stage_holds_what_it_trains_at_its_own_rates_and_freezes_the_rest(model, kind):
-    stage = small_recipe().stages[kind].model_copy(update={"muon_lr": 0.1, "adamw_lr": 0.2, "indexer_lr": 0.3})
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_holds_what_it_trains_at_its_own_rates_and_freezes_the_rest(model, name):
+    chosen = ("muon_lr=0.1", "adamw_lr=0.2", "indexer_lr=0.3")
+    stage = stage_of(small_recipe(*(f"stages.{name}.{rate}" for rate in chosen)), name)
     optimizers = make_optimizers(model, stage)
     indexer, rates = indexer_names(model), {"muon": 0.1, "adamw": 0.2, "indexer": 0.3}
-    wanted = {"pretrain": ["muon", "adamw"], "dsa-warmup": ["indexer"], "dsa-sparse": ["muon", "adamw", "indexer"]}[kind]
+    wanted = {"pretrain": ["muon", "adamw"], "dsa-warmup": ["indexer"], "dsa-sparse": ["muon", "adamw", "indexer"]}
+    wanted = wanted[stage.recipe.kind]
     assert {name: lr for name, (_, lr) in optimizers.items()} == {name: rates[name] for name in wanted}
     for name, (optimizer, _) in optimizers.items():
-        assert optimizer.weight_decay == stage.weight_decay
+        assert optimizer.weight_decay == stage.recipe.weight_decay
         assert set(optimizer.parameters) <= indexer if name == "indexer" else not set(optimizer.parameters) & indexer
     held = set().union(*(optimizer.parameters for optimizer, _ in optimizers.values()))
     assert {name for name, p in model.named_parameters() if p.requires_grad} == held

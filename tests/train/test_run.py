@@ -21,6 +21,7 @@ from glm5.train.checkpoint import CheckpointStore
 from glm5.train.loop import TrainingError
 from glm5.train.parameters import indexer_names, make_optimizers
 from glm5.train.run import build_model, open_run, prepare, run_stages
+from glm5.train.stages import stage_of
 
 STAGES = ("pretrain", "midtrain", "dsa-warmup", "dsa-sparse")
 SMALL = [
@@ -102,7 +103,7 @@ def test_the_warm_up_changes_the_indexer_and_nothing_else(uninterrupted):
 def test_every_parameter_learns_in_one_stage_or_another():
     model = build_model(small_recipe())
     recipe = small_recipe()
-    held = {kind: [set(o.parameters) for o, _ in make_optimizers(model, recipe.stages[kind]).values()] for kind in STAGES}
+    held = {name: [set(o.parameters) for o, _ in make_optimizers(model, stage_of(recipe, name)).values()] for name in STAGES}
     names = {name for name, _ in model.named_parameters()}
     assert set().union(*held["dsa-sparse"]) == names and sum(map(len, held["dsa-sparse"])) == len(names)
     assert set().union(*held["pretrain"]) == names - indexer_names(model)

@@ -1,7 +1,7 @@
 """The training loop: one stage from any step to its end. Everything that decides a bit is in the recipe and the step number.
 
-A stage differs from another only in its objective: which attention the model uses, which losses it asks for, which
-parameters learn (``parameters.py``). What comes before and after a stage is ``run.py``'s business.
+What a stage is about (the model's form, its losses, who learns) stands in a file of its own under ``stages/``, and no stage
+is known by name here. What comes before and after a stage is ``run.py``'s business.
 """
 
 import math
@@ -16,9 +16,7 @@ from glm5.recipes import StageRecipe
 from glm5.train.metrics import MetricsLog, Progress
 from glm5.train.parameters import make_optimizers
 from glm5.train.schedule import lr_factor
-
-# kind -> attention of the model, indexer loss it asks for
-OBJECTIVES = {"pretrain": ("dense", "none"), "dsa-warmup": ("dense", "warmup"), "dsa-sparse": ("sparse", "sparse")}
+from glm5.train.stages import Stage
 
 
 class TrainingError(ValueError):
@@ -33,22 +31,20 @@ class StageState:
     optimizers: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
 
-def total_loss(losses: dict, stage: StageRecipe) -> torch.Tensor:
-    """LM + weight * mean over MTP depths + the indexer's KL, which reaches the indexer only."""
-    if stage.kind == "dsa-warmup":
-        return losses["indexer_kl"]
-    total = losses["lm"]
+def total_loss(losses: dict, recipe: StageRecipe) -> torch.Tensor:
+    """LM + weight * mean over MTP depths + the indexer's KL, which reaches the indexer only: those that were asked for."""
+    parts = [] if losses["lm"] is None else [losses["lm"]]
     if losses["mtp"]:
-        total = total + stage.mtp_weight * sum(losses["mtp"]) / len(losses["mtp"])
-    if stage.kind == "dsa-sparse":
-        total = total + losses["indexer_kl"]
-    return total
+        parts.append(recipe.mtp_weight * sum(losses["mtp"]) / len(losses["mtp"]))
+    if losses["indexer_kl"] is not None:
+        parts.append(losses["indexer_kl"])
+    return sum(parts[1:], parts[0])
 
 
 def train_stage(
     model,
     name: str,
-    stage: StageRecipe,
+    stage: Stage,
     dataset: PackedDataset,
     first_pack: int,
     state: StageState,
@@ -59,26 +55,29 @@ def train_stage(
     """Trains from ``state.step`` to the end of the stage.
 
     Args:
+        name: the stage's, for metrics and errors.
         first_pack: where in the dataset's order the stage begins.
         save: called every ``checkpoint_every`` steps and at the end.
         validate: nats per byte of held-out text, asked for every ``validate_every`` steps.
 
     Raises:
-        TrainingError: the loss or a gradient is not finite. Nothing of that step is applied or saved.
+        TrainingError: the loss or a gradient is not finite, or a parameter that the stage does not train was touched.
+            Nothing of that step is applied or saved.
     """
-    model.attention, indexer_loss = OBJECTIVES[stage.kind]
+    recipe = stage.recipe
+    stage.form.give(model)
     optimizers = make_optimizers(model, stage)
     if state.optimizers:
         for key, (optimizer, _) in optimizers.items():
             optimizer.load_state_dict(state.optimizers[key])
-    progress = Progress(name, stage.steps)
-    progress.update(state.step, stage.tokens_per_step)
+    progress = Progress(name, recipe.steps)
+    progress.update(state.step, recipe.tokens_per_step)
 
-    while state.step < stage.steps:
+    while state.step < recipe.steps:
         started = time.perf_counter()
-        batch = dataset.batch(state.step, stage.packs_per_step, first_pack)
-        losses = model.losses(batch, mtp_depth=stage.mtp_depth, indexer=indexer_loss)
-        loss = total_loss(losses, stage)
+        batch = dataset.batch(state.step, recipe.packs_per_step, first_pack)
+        losses = stage.losses(model, batch)
+        loss = total_loss(losses, recipe)
         shown = scalars(losses)
         if not math.isfinite(loss.item()):
             raise TrainingError(
@@ -91,26 +90,39 @@ def train_stage(
                 f"stage {name}, step {state.step}: the gradient is not finite in {spoiled[0]} and {len(spoiled) - 1} "
                 f"other parameters ({shown}); lower the learning rates of stages.{name}"
             )
-        factor = lr_factor(state.step, stage)
+        if touched := touched_though_frozen(model, optimizers):
+            raise TrainingError(
+                f"stage {name}, step {state.step}: {touched[0]} and {len(touched) - 1} other parameters are not the stage's "
+                "to train, but have a gradient or an optimizer; this is a fault of glm5, please report it"
+            )
+        factor = lr_factor(state.step, recipe)
         for optimizer, lr in optimizers.values():
             optimizer.step(state.step, lr * factor)
             optimizer.zero_grad()
-        if stage.kind != "dsa-warmup" and stage.router_bias_rate:
-            model.update_router_bias(losses["expert_load"], stage.router_bias_rate)
+        stage.after_update(model, losses["expert_load"])
         state.step += 1
 
-        speed = progress.update(state.step, stage.tokens_per_step, **shown)
+        speed = progress.update(state.step, recipe.tokens_per_step, **shown)
         seconds = time.perf_counter() - started
         metrics.write(
             stage=name, step=state.step, **shown, lr_factor=factor, tokens_per_s=round(speed), seconds=round(seconds, 4)
         )
-        # In the warm-up the model is frozen: its loss stays what it was.
-        if validate and stage.kind != "dsa-warmup" and state.step % stage.validate_every == 0 and state.step < stage.steps:
+        if validate and stage.validates and state.step % recipe.validate_every == 0 and state.step < recipe.steps:
             metrics.write(stage=name, step=state.step, validation=validate())
-        if state.step % stage.checkpoint_every == 0 or state.step == stage.steps:
+        if state.step % recipe.checkpoint_every == 0 or state.step == recipe.steps:
             state.optimizers = {key: optimizer.state_dict() for key, (optimizer, _) in optimizers.items()}
             save(state)
     progress.close()
+
+
+def touched_though_frozen(model, optimizers: dict) -> list[str]:
+    """Names of the frozen parameters that have a gradient, or state in an optimizer, all the same.
+
+    The audit of every update. It looks at a few hundred pointers and reads no number.
+    """
+    held = {id(p) for optimizer, _ in optimizers.values() for p in optimizer.parameters.values()}
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    return [name for name, p in frozen.items() if p.grad is not None or id(p) in held]
 
 
 def spoiled_gradients(optimizers: dict) -> list[str]:

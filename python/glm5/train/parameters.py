@@ -2,8 +2,8 @@
 
 import torch
 
-from glm5.recipes import StageRecipe
 from glm5.train.optim import AdamW, Muon, Split
+from glm5.train.stages import Stage
 
 
 def indexer_names(model) -> set[str]:
@@ -36,27 +36,19 @@ def is_muon(name: str, parameter: torch.Tensor) -> bool:
     return parameter.dim() >= 2 and not on_the_edge
 
 
-def make_optimizers(model, stage: StageRecipe) -> dict[str, tuple[Muon | AdamW, float]]:
-    """Optimizers of a stage with their peak learning rates; everything they do not hold is frozen.
-
-    The indexer rests during pre-training, is alone in the warm-up, and learns beside the model in the sparse stage.
-    """
-    indexer = indexer_names(model)
-    trained = {
-        "pretrain": {n for n, _ in model.named_parameters()} - indexer,
-        "dsa-warmup": indexer,
-        "dsa-sparse": {n for n, _ in model.named_parameters()},
-    }[stage.kind]
+def make_optimizers(model, stage: Stage) -> dict[str, tuple[Muon | AdamW, float]]:
+    """Optimizers of a stage with their peak learning rates; everything they do not hold is frozen."""
+    indexer, recipe = indexer_names(model), stage.recipe
+    held = {n: p for n, p in model.named_parameters() if stage.learns(n in indexer)}
     for name, p in model.named_parameters():
-        p.requires_grad_(name in trained)
+        p.requires_grad_(name in held)
         p.grad = None
 
-    held = {n: p for n, p in model.named_parameters() if n in trained}
     body = {n: p for n, p in held.items() if n not in indexer}
     muon = {n: p for n, p in body.items() if is_muon(n, p)}
     optimizers: dict[str, tuple[Muon | AdamW, float]] = {
-        "muon": (Muon(muon, muon_splits(model), stage.weight_decay), stage.muon_lr),
-        "adamw": (AdamW({n: p for n, p in body.items() if n not in muon}, stage.weight_decay), stage.adamw_lr),
-        "indexer": (AdamW({n: p for n, p in held.items() if n in indexer}, stage.weight_decay), stage.indexer_lr),
+        "muon": (Muon(muon, muon_splits(model), recipe.weight_decay), recipe.muon_lr),
+        "adamw": (AdamW({n: p for n, p in body.items() if n not in muon}, recipe.weight_decay), recipe.adamw_lr),
+        "indexer": (AdamW({n: p for n, p in held.items() if n in indexer}, recipe.weight_decay), recipe.indexer_lr),
     }
     return {name: (o, lr) for name, (o, lr) in optimizers.items() if o.parameters}

@@ -24,6 +24,7 @@ from glm5.recipes.load import to_toml
 from glm5.train.checkpoint import CheckpointStore, Manifest
 from glm5.train.loop import StageState, train_stage
 from glm5.train.metrics import MetricsLog
+from glm5.train.stages import stage_of
 
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -117,7 +118,7 @@ def load_run(folder: Path, say: Callable[[str], None] = print):
     manifest, files = loaded
     model = build_model(recipe)
     load_model_tensors(model, manifest, files["model"])
-    model.attention = "sparse" if recipe.stages[manifest.stage].kind == "dsa-sparse" else "dense"
+    stage_of(recipe, manifest.stage).form.give(model)
     return model
 
 
@@ -246,19 +247,19 @@ def run_stages(run: Run, model, say=print, last: str | None = None) -> dict:
     if last is not None and names.index(last) < names.index(name):
         return evaluator.results  # finished before
     for current in names[names.index(name) :]:
-        stage = run.recipe.stages[current]
+        stage = stage_of(run.recipe, current)
 
         def save(state: StageState, current=current) -> None:
             recipe, text = run.recipe.digest(), run.corpus.digest
             manifest = Manifest(current, state.step, recipe, config_digest(model.config), text, run.metrics.sync())
             run.store.save(manifest, {"model": model_tensors(model)} | state.optimizers)
 
-        if state.step < stage.steps:
+        if state.step < stage.recipe.steps:
             train_stage(
                 model,
                 current,
                 stage,
-                run.dataset("train", stage.sequence_length),
+                run.dataset("train", stage.recipe.sequence_length),
                 run.first_pack(current),
                 state,
                 run.metrics,
