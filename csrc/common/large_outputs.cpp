@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -46,18 +47,6 @@ struct Waiting {
 Waiting& waiting() {
   static Waiting* const all = new Waiting;
   return *all;
-}
-
-bool keeps_memory() {
-#if defined(__SANITIZE_ADDRESS__)
-  return false;  // it must see what is freed
-#else
-  static const bool keeps = [] {
-    const char* wanted = std::getenv("GLM5_KEEP_MEMORY");
-    return !wanted || std::strcmp(wanted, "0") != 0;
-  }();
-  return keeps;
-#endif
 }
 
 // Has the system put all pages in place, large ones where it has them, on all threads. A first write into a page that arrives
@@ -117,17 +106,39 @@ void give_back(void* data, void* bytes) {
   all.bytes += block.bytes;
 }
 
-// torch_from_blob of torch 2.11 and later.
+// torch_from_blob of torch 2.11 and later; null before.
 using FromBlob = AOTITorchError (*)(void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t,
                                     AtenTensorHandle*, int32_t, const uint8_t*, int64_t, void (*)(void*, void*), void*);
+FromBlob from_blob() {
+  static const FromBlob found = reinterpret_cast<FromBlob>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
+  return found;
+}
+
+enum class Memory { kept, unwanted, unkept_by_torch };
+
+Memory memory() {
+#if defined(__SANITIZE_ADDRESS__)
+  return Memory::unwanted;  // it must see what is freed
+#else
+  static const Memory found = [] {
+    const char* wanted = std::getenv("GLM5_KEEP_MEMORY");
+    if (wanted && std::strcmp(wanted, "0") == 0) return Memory::unwanted;
+    return from_blob() ? Memory::kept : Memory::unkept_by_torch;
+  }();
+  return found;
+#endif
+}
+
+std::atomic<void (*)()> g_say_torch_keeps_none{nullptr};
 
 }  // namespace
 
 std::optional<torch::stable::Tensor> large_output(torch::headeronly::IntHeaderOnlyArrayRef sizes,
                                                   torch::headeronly::ScalarType dtype, size_t bytes) {
-  static const FromBlob from_blob = reinterpret_cast<FromBlob>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  if (!from_blob || !keeps_memory()) {
+  if (memory() != Memory::kept) {
+    if (memory() == Memory::unkept_by_torch)
+      if (const auto say = g_say_torch_keeps_none.exchange(nullptr)) say();
     torch::stable::Tensor t;
     try {
       t = torch::stable::empty(sizes, dtype, std::nullopt, cpu);
@@ -150,9 +161,9 @@ std::optional<torch::stable::Tensor> large_output(torch::headeronly::IntHeaderOn
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
   AtenTensorHandle handle = nullptr;
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  if (from_blob(block.data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, code,
-                aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0, give_back,
-                reinterpret_cast<void*>(block.bytes)) != 0) {
+  if (from_blob()(block.data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, code,
+                  aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0, give_back,
+                  reinterpret_cast<void*>(block.bytes)) != 0) {
     std::free(block.data);
     return std::nullopt;
   }
@@ -160,3 +171,16 @@ std::optional<torch::stable::Tensor> large_output(torch::headeronly::IntHeaderOn
 }
 
 }  // namespace glm5
+
+// Plain C entry points for glm5._native (ctypes).
+extern "C" {
+
+// What becomes of a large output's memory: "kept", "unwanted" (GLM5_KEEP_MEMORY=0, AddressSanitizer) or "unkept by torch".
+__attribute__((visibility("default"))) const char* glm5_large_output_memory() {
+  constexpr const char* kNames[] = {"kept", "unwanted", "unkept by torch"};
+  return kNames[static_cast<int>(glm5::memory())];
+}
+
+// `say` is called before the first large output whose memory torch has no way to keep, and never again.
+__attribute__((visibility("default"))) void glm5_tell_of_unkept_memory(void (*say)()) { glm5::g_say_torch_keeps_none = say; }
+}

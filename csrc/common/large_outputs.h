@@ -17,7 +17,7 @@ constexpr size_t kLargeOutput = size_t{32} << 20;
 // Freed blocks wait for the next output of about their size, 512 MiB of them at most; the system may take their pages when it
 // is short of memory (MADV_FREE). A block of a new size takes the place of waiting ones, so that what is held grows with
 // what is in use alone. GLM5_KEEP_MEMORY=0 gives everything back at once, and so does torch before 2.11, which has no way to
-// say what becomes of a tensor's memory.
+// say what becomes of a tensor's memory: that is said once (a Python warning), and `glm5 doctor` shows it.
 std::optional<torch::stable::Tensor> large_output(torch::headeronly::IntHeaderOnlyArrayRef sizes,
                                                   torch::headeronly::ScalarType dtype, size_t bytes);
 

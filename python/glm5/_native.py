@@ -1,9 +1,11 @@
-"""Loads the compiled ops and speaks to their plain C side: which instruction set they run on, which code paths ran.
+"""Loads the compiled ops and speaks to their plain C side: which instruction set they run on, which code paths ran, what
+becomes of the memory of large outputs.
 
 Knows nothing about any single op. Importing it registers every op in the ``glm5`` torch library.
 """
 
 import ctypes
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +21,7 @@ if library_path is None:
     )
 torch.ops.load_library(str(library_path))
 _lib = ctypes.CDLL(str(library_path))
-for _name in ("glm5_cpu_isa", "glm5_cpu_best_isa", "glm5_path_counts", "glm5_last_error"):
+for _name in ("glm5_cpu_isa", "glm5_cpu_best_isa", "glm5_path_counts", "glm5_last_error", "glm5_large_output_memory"):
     getattr(_lib, _name).restype = ctypes.c_char_p
 _lib.glm5_set_cpu_isa.argtypes = [ctypes.c_char_p]
 
@@ -73,3 +75,21 @@ def counted_paths():
         lines = _lib.glm5_path_counts().decode().splitlines()
         _lib.glm5_count_paths(0)
         counts.update((line.rsplit(" ", 1)[0], int(line.rsplit(" ", 1)[1])) for line in lines)
+
+
+def large_output_memory() -> str:
+    """What becomes of the memory of an output of 32 MiB and more: ``kept`` for the next one, or given back to the system
+    because that is ``unwanted`` (``GLM5_KEEP_MEMORY=0``) or ``unkept by torch`` (before 2.11), which takes longer."""
+    return _lib.glm5_large_output_memory().decode()
+
+
+@ctypes.CFUNCTYPE(None)
+def _tell_of_unkept_memory() -> None:
+    warnings.warn(
+        "outputs of 32 MiB and more take new memory from the system every time, and up to three times as long: torch "
+        f"{torch.__version__} has no way to keep it for the next one, torch 2.11 has (GLM5_KEEP_MEMORY=0 silences this)",
+        stacklevel=2,
+    )
+
+
+_lib.glm5_tell_of_unkept_memory(_tell_of_unkept_memory)

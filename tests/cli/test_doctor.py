@@ -33,6 +33,13 @@ def test_doctor_names_versions_sets_and_ops():
         assert words in report.stdout
 
 
+def test_doctor_says_what_becomes_of_large_outputs_memory():
+    assert (
+        "memory    of large outputs is given back at once (GLM5_KEEP_MEMORY is 0)"
+        in glm5("doctor", GLM5_KEEP_MEMORY="0").stdout
+    )
+
+
 def test_doctor_says_what_is_wrong_with_the_instruction_set():
     report = glm5("doctor", GLM5_CPU_ISA="mmx")
     assert report.returncode == 1

@@ -3,6 +3,7 @@
 import copy
 import io
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -119,3 +120,47 @@ def test_how_much_is_kept(keep, most):
     kept = [int(n) for n in done.stdout.split()]
     assert kept[0] <= most[0] and kept[1] <= most[1], kept
     assert keep == "0" or kept[1] > 400
+
+
+def run_as_torch_2_10(tmp_path, *command, **environment):
+    """A command in whose torch nothing is found under the name that torch 2.11 brought: what is found is null."""
+    if not shutil.which("g++"):
+        pytest.skip("hiding a function of torch takes g++")
+    hidden = tmp_path / "hidden.so"
+    source = ".globl torch_from_blob\n.set torch_from_blob, 0\n"
+    subprocess.run(
+        ["g++", "-shared", "-nostdlib", "-x", "assembler", "-", "-o", hidden], input=source, text=True, check=True
+    )
+    path = os.pathsep.join(p for p in sys.path if p)
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=True,
+        env={**os.environ, "LD_PRELOAD": str(hidden), "PYTHONPATH": path, **environment},
+    )  # fmt: skip
+
+
+MANY = """
+import torch
+from glm5 import ops
+
+x = torch.full((8192, 1024), 3.0)
+print([ops.rms_norm(x, torch.ones(1024), 0.0).unique().tolist() for _ in range(3)])
+"""
+
+
+def test_a_torch_that_keeps_no_memory_is_told_of_once(tmp_path):
+    done = run_as_torch_2_10(tmp_path, "-c", MANY)
+    assert done.stdout == "[[1.0], [1.0], [1.0]]\n"
+    assert done.stderr.count("outputs of 32 MiB and more take new memory from the system every time") == 1
+    assert "UserWarning" in done.stderr and torch.__version__ in done.stderr
+    meant = run_as_torch_2_10(tmp_path, "-c", MANY, GLM5_KEEP_MEMORY="0")
+    assert (meant.stdout, meant.stderr) == (done.stdout, "")
+    small = run_as_torch_2_10(tmp_path, "-c", MANY.replace("8192", "64"))
+    assert (small.stdout, small.stderr) == (done.stdout, "")
+    report = run_as_torch_2_10(tmp_path, "-m", "glm5.cli", "doctor")
+    assert "memory    of large outputs is given back at once, which is slower" in report.stdout
+
+
+def test_nothing_is_told_where_memory_is_kept():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run([sys.executable, "-c", MANY], capture_output=True, text=True, check=True, env=environment)
+    assert (done.stdout, done.stderr) == ("[[1.0], [1.0], [1.0]]\n", "")

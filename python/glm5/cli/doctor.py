@@ -10,6 +10,13 @@ from importlib import metadata
 
 NAME = "doctor"
 
+# What becomes of the memory of large outputs, as _native.large_output_memory() names it.
+MEMORY = {
+    "kept": "of outputs of 32 MiB and more is kept for the next ones, 512 MiB at most",
+    "unwanted": "of large outputs is given back at once (GLM5_KEEP_MEMORY is 0)",
+    "unkept by torch": "of large outputs is given back at once, which is slower: torch before 2.11 has no way to keep it",
+}
+
 # Dispatch keys of torch, with the name this table gives them.
 KERNELS = {"CPU": "CPU", "CUDA": "CUDA", "Meta": "fake", "Autograd": "autograd", "AutocastCPU": "autocast"}
 
@@ -63,6 +70,7 @@ def run(args) -> int:
     print(f"CUDA      {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no device'}")
     print(f"threads   {torch.get_num_threads()} of {os.cpu_count()} cores")
 
+    print(f"memory    {MEMORY[_native.large_output_memory()]}")
     print(f"CPU sets  {', '.join(_native.available_isas())}")
     forced = os.environ.get("GLM5_CPU_ISA")
     try:
