@@ -69,7 +69,7 @@ def test_no_command_shows_the_commands(capsys):
         (["run", "foundation", "model.overrides.rope_theta=3"], "unknown key model.overrides.rope_theta; did you mean"),
         (["run", "foundation", "model.overrides.rope_parameters=3"], "rope_parameters is 3, want a table"),
         (["run", "foundation", "model.overrides.rms_norm_eps=small"], "rms_norm_eps is 'small', want a number"),
-        (["run", "foundation", "model.overrides.vocab_size=256"], "vocab_size is 256, want at least 280"),
+        (["run", "foundation", "model.overrides.vocab_size=256"], "vocab_size is 256, want at least 292"),
         (["run", "foundation", "stages.dsa-sparse.sequence_length=9000"], "stages.dsa-sparse.sequence_length: 9000 tokens"),
         (["run", "foundation", "evaluation.sample_tokens=8190"], "8196 tokens, want at most max_position_embeddings, 8192"),
         (["run", "foundation", "model.overrides.num_nextn_predict_layers=0"], "mtp_depth is 1, want 0"),

@@ -26,7 +26,7 @@ def run(args) -> None:
     """Writes the prompt, and then its continuation, token by token, to standard output."""
     import torch
 
-    from glm5.data import ByteTokenizer
+    from glm5.data import Tokenizer
     from glm5.data.text import TextStream
 
     if args.text is not None and args.prompt is not None:
@@ -37,11 +37,10 @@ def run(args) -> None:
         raise ValueError(f"--temperature is {args.temperature}, want a finite number >= 0")
     prompt = next((text for text in (args.text, args.prompt) if text is not None), "def ")
     model, tokenizer = _of_directory(args) if args.model else _of_run(args)
-    if isinstance(tokenizer, ByteTokenizer):  # trained on documents, as they begin and end in its corpus
-        start, stop = tokenizer.encode_document("")[:-1], (tokenizer.eos_id,)
-    else:
-        eos = model.config.eos_token_id
-        start, stop = (), () if eos is None else (eos,) if isinstance(eos, int) else eos
+    eos = model.config.eos_token_id
+    start, stop = (), () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    if isinstance(tokenizer, Tokenizer):  # trained on documents, as they begin and end in its corpus
+        start, stop = tokenizer.encode_document("")[:-1], (*stop, tokenizer.eos_id)
     ids = torch.tensor([*start, *tokenizer.encode(prompt)], dtype=torch.int64)
     room = model.config.max_position_embeddings - ids.shape[0]
     if ids.shape[0] == 0 or room < 0:

@@ -1,18 +1,22 @@
-"""The tokenizer that belongs to a model directory: its tokenizer.json, or plain bytes."""
+"""The tokenizer that belongs to a model or data directory, and text that comes token by token."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 
-from glm5.data.tokenizer import ByteTokenizer
+from glm5.data.bpe import BpeTokenizer, is_bytes, what_differs
+from glm5.data.tokenizer import ByteTokenizer, Tokenizer
 
 # In config.json of a model that was trained on bytes.
 BYTES_KEY = "glm5_tokenizer"
 
 
 class JsonTokenizer:
-    """A tokenizer.json, by the ``tokenizers`` package. ``encode`` takes text as it is; ``decode`` drops special tokens."""
+    """Another model's tokenizer.json, by the ``tokenizers`` package. ``decode`` drops special tokens.
+
+    Unlike a ``Tokenizer``, it knows nothing of GLM-5's special tokens, and text that spells one of the file's becomes it.
+    """
 
     def __init__(self, path: Path):
         try:
@@ -32,8 +36,11 @@ class JsonTokenizer:
         return self._tokenizer.decode([int(i) for i in ids])
 
 
-def load_tokenizer(folder: Path | str) -> JsonTokenizer | ByteTokenizer:
-    """The tokenizer of a model directory.
+def load_tokenizer(folder: Path | str) -> Tokenizer | JsonTokenizer:
+    """The tokenizer of a directory: its tokenizer.json, or bytes, if its config.json says so.
+
+    A file with GLM-5's special tokens (which ``Tokenizer.save`` writes, and GLM-5 has) gives a ``ByteTokenizer`` or a
+    ``BpeTokenizer``; any other file a ``JsonTokenizer``.
 
     Raises:
         ValueError: there is none, or it cannot be read; the message names the file.
@@ -41,8 +48,18 @@ def load_tokenizer(folder: Path | str) -> JsonTokenizer | ByteTokenizer:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a directory")
-    if (folder / "tokenizer.json").is_file():
-        return JsonTokenizer(folder / "tokenizer.json")
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged or of an unknown kind: {error}") from None
+        if what_differs(content):
+            return JsonTokenizer(path)
+        try:
+            return ByteTokenizer() if is_bytes(content) else BpeTokenizer(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     try:
         kind = json.loads((folder / "config.json").read_bytes()).get(BYTES_KEY)
     except (OSError, ValueError, AttributeError):
