@@ -6,9 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm5 import _native, ops, reference
-from glm5.testing import RandomDraw, check, relative_error, same_bits, spec
+from glm5.testing import RandomDraw, check, same_bits, spec
 from tests.ops import properties
-from tests.ops.ranges import causal, int32
+from tests.ops.indexers import (
+    assert_queries_may_share_any_block,
+    assert_ranges_may_be_cut_anywhere,
+    assert_rows_depend_on_their_query_and_keys_alone,
+    assert_topk_is_that_of_the_scores,
+    assert_topk_of_a_long_row,
+)
+from tests.ops.ranges import causal, everything, int32
 
 LOGITS, TOPK = spec("lightning_indexer_logits_int8"), spec("lightning_indexer_topk_int8")
 OPS = pytest.mark.parametrize("op", [LOGITS, TOPK], ids=lambda op: op.name)
@@ -21,10 +28,6 @@ def draw_inputs(queries=37, keys=150, heads=6, dim=40, seed=0):
     q, k = (torch.randint(-128, 128, s, generator=generator).to(torch.int8) for s in ((queries, heads, dim), (keys, dim)))
     draw = RandomDraw(seed)
     return q, k, draw.tensor(keys).abs() + 0.1, draw.tensor(queries, heads, scale=1e-3)
-
-
-def everything(queries, keys):
-    return int32([0] * queries), int32([keys] * queries)
 
 
 @OPS
@@ -50,28 +53,7 @@ class TestBothOps:
         given(st.data())(same)()
 
     def test_a_row_depends_on_its_query_and_keys_alone(self, isa, op):
-        q, k, k_scale, weights = draw_inputs()
-        ks, ke = causal(37, 150)
-        extra = () if op is LOGITS else (20,)
-
-        def run(rows, k=k, k_scale=k_scale, shift=0):
-            return properties.as_tuple(
-                getattr(ops, op.name)(q[rows], k, k_scale, weights[rows], ks[rows] + shift, ke[rows] + shift, *extra)
-            )
-
-        whole = run(slice(None))
-        order = torch.randperm(37, generator=torch.Generator().manual_seed(0))
-        assert all(same_bits(w[order], g) for w, g in zip(whole, run(order), strict=True)), "row order"
-        for rows in (slice(0, 1), slice(1, 3), slice(15, 18), slice(16, 37), slice(36, 37)):
-            assert all(same_bits(w[rows], g) for w, g in zip(whole, run(rows), strict=True)), f"batch split {rows}"
-        for shift in (1, 16, 63, 64, 77):
-            padded = torch.cat([draw_inputs(keys=shift, seed=9)[1], k])
-            shifted = run(slice(None), padded, torch.cat([torch.ones(shift), k_scale]), shift)
-            if op is LOGITS:
-                assert same_bits(whole[0], shifted[0][:, shift:].contiguous()), f"document shifted by {shift}"
-            else:
-                moved = torch.where(whole[0] >= 0, whole[0] + shift, whole[0])
-                assert same_bits(moved, shifted[0]) and same_bits(whole[1], shifted[1]), f"document shifted by {shift}"
+        assert_rows_depend_on_their_query_and_keys_alone(op, draw_inputs)
 
     @pytest.mark.parametrize("dim", [40, 64])
     def test_any_layout_gives_the_same_bits(self, isa, op, dim):
@@ -88,25 +70,11 @@ class TestBothOps:
 
 @pytest.mark.parametrize("heads", [1, 3, 16, 17, 31, 64, 128])
 def test_a_score_does_not_depend_on_which_queries_share_a_block(isa, heads):
-    q, k, k_scale, weights = draw_inputs(35, 70, heads, 33)
-    ks, ke = everything(35, 70)
-    whole = ops.lightning_indexer_logits_int8(q, k, k_scale, weights, ks, ke)
-    for cut in (1, 2, 5, 15, 31, 32, 33):
-        parts = [
-            ops.lightning_indexer_logits_int8(q[r], k, k_scale, weights[r], ks[r], ke[r])
-            for r in (slice(0, cut), slice(cut, 35))
-        ]
-        assert same_bits(torch.cat(parts), whole), f"cut at {cut}"
+    assert_queries_may_share_any_block(ops.lightning_indexer_logits_int8, draw_inputs(35, 70, heads, 33))
 
 
 def test_a_score_does_not_depend_on_the_partition_of_the_range(isa):
-    q, k, k_scale, weights = draw_inputs()
-    whole = ops.lightning_indexer_logits_int8(q, k, k_scale, weights, *everything(37, 150))
-    for cut in (0, 1, 16, 40, 64, 100, 149, 150):
-        left = ops.lightning_indexer_logits_int8(q, k, k_scale, weights, int32([0] * 37), int32([cut] * 37))
-        right = ops.lightning_indexer_logits_int8(q, k, k_scale, weights, int32([cut] * 37), int32([150] * 37))
-        assert same_bits(torch.cat([left[:, :cut], right[:, cut:]], 1), whole)
-        assert (left[:, cut:] == -INF).all() and (right[:, :cut] == -INF).all()
+    assert_ranges_may_be_cut_anywhere(ops.lightning_indexer_logits_int8, draw_inputs())
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 15, 31, 32, 33, 63, 64, 65, 127, 128, 200, 1024, 1500])
@@ -145,31 +113,13 @@ def test_heads_are_added_by_one_fma_each_in_order(isa):
 
 
 def test_topk_equals_topk_of_the_scores(isa):
-    def equals(data):
-        arguments = TOPK.draw(properties.HypothesisDraw(data), torch.int8)
-        indices, _ = ops.lightning_indexer_topk_int8(**arguments)
-        topk = arguments.pop("topk")
-        scores = ops.lightning_indexer_logits_int8(**arguments)
-        assert torch.equal(indices, ops.topk_indices(scores, topk, arguments["ks"], arguments["ke"]))
-
-    given(st.data())(equals)()
+    assert_topk_is_that_of_the_scores(ops.lightning_indexer_logits_int8, TOPK, torch.int8)
 
 
 @pytest.mark.parametrize("queries", [1, 3, 40, 96])
 def test_topk_of_a_long_row(isa, queries):
-    """Thousands of keys: sampled thresholds, several key blocks and strips, more than one block of the lse's sum."""
-    q, k, k_scale, weights = draw_inputs(queries, 5000, 3, 16)
-    ks, ke = int32(torch.arange(queries) * 7), int32(5000 - torch.arange(queries))
-    scores = ops.lightning_indexer_logits_int8(q, k, k_scale, weights, ks, ke)
-    indices, lse = ops.lightning_indexer_topk_int8(q, k, k_scale, weights, ks, ke, 300)
-    assert torch.equal(indices, reference.topk_indices(scores, 300, ks, ke))
-    assert relative_error(lse, scores.double().logsumexp(1)) < 1e-6
-    for threads in (1, 2, 3):
-        with properties.threads(threads):
-            again = ops.lightning_indexer_topk_int8(q, k, k_scale, weights, ks, ke, 300)
-        assert same_bits(again[0], indices) and same_bits(again[1], lse)
-    alone = ops.lightning_indexer_topk_int8(q[:1], k, k_scale, weights[:1], ks[:1], ke[:1], 300)
-    assert same_bits(alone[0], indices[:1]) and same_bits(alone[1], lse[:1])
+    inputs = draw_inputs(queries, 5000, 3, 16)
+    assert_topk_of_a_long_row(ops.lightning_indexer_logits_int8, ops.lightning_indexer_topk_int8, inputs)
 
 
 def test_every_microkernel_and_tail_runs(isa):

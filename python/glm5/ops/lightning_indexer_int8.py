@@ -28,8 +28,8 @@ def lightning_indexer_logits_int8(
         q: [Tq, H, D] int8. Any H; D <= 131071, so that no sum leaves int32.
         k: [Tk, D] int8; one key shared by all heads.
         k_scale: [Tk] float32.
-        weights: [Tq, H] float32; q's scales, the softmax scale and the like are folded in by the caller.
-        ks, ke: int32 [Tq], the keys [ks, ke) that each query sees, 0 <= ks and ke <= Tk. ke <= ks is an empty range.
+        weights: [Tq, H] float32, into which the caller has also folded q's scales.
+        ks, ke: int32 [Tq], as in ``lightning_indexer_logits``.
 
     Returns:
         [Tq, Tk] float32. A dot product is exact, then rounded to float32; heads are added in order, by one fma each, and the
@@ -52,18 +52,15 @@ def lightning_indexer_topk_int8(
     ke: torch.Tensor,
     topk: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``topk_indices(lightning_indexer_logits_int8(...), topk, ks, ke)``, bit for bit, without ever holding [Tq, Tk].
-
-    Working memory: a strip of a few rows of scores for each thread.
+    """``lightning_indexer_topk`` of the scores of ``lightning_indexer_logits_int8``, without ever holding [Tq, Tk].
 
     Args:
         q, k, k_scale, weights, ks, ke: as in ``lightning_indexer_logits_int8``.
         topk: how many keys, >= 0; it may exceed Tk.
 
     Returns:
-        indices, int32 [Tq, topk], ascending, padded with -1, the same on every instruction set; and lse [Tq] float32: the
-        natural log of the sum of exp(score) over all keys in [ks, ke), summed in an order counted from ks. lse is +inf where
-        no key scores above -inf, NaN where a key scores NaN. Neither is differentiable.
+        indices int32 [Tq, topk], the same on every instruction set, and lse [Tq] float32, as ``lightning_indexer_topk``.
+        Neither is differentiable.
 
     Raises:
         TypeError: as ``lightning_indexer_logits_int8``; topk is not an integer.

@@ -40,8 +40,12 @@ def lightning_indexer_topk(
 
     lse is +inf where no key scores above -inf, NaN where a key in range scores NaN.
     """
-    logits = lightning_indexer_logits(q, k, k_scale, weights, ks, ke)
-    _, lse = softmax_and_lse(logits, within(ks, ke, k.shape[0]))
+    return choose(lightning_indexer_logits(q, k, k_scale, weights, ks, ke), ks, ke, topk)
+
+
+def choose(logits: torch.Tensor, ks: torch.Tensor, ke: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``lightning_indexer_topk`` gives, of scores [Tq, Tk] however they were computed."""
+    _, lse = softmax_and_lse(logits, within(ks, ke, logits.shape[1]))
     return topk_indices(logits, topk, ks, ke), lse
 
 

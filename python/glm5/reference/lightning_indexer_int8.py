@@ -2,8 +2,8 @@
 
 import torch
 
-from glm5.reference._precision import softmax_and_lse, wide, within
-from glm5.reference.topk_indices import topk_indices
+from glm5.reference._precision import wide, within
+from glm5.reference.lightning_indexer import choose
 
 
 def lightning_indexer_logits_int8(
@@ -14,10 +14,9 @@ def lightning_indexer_logits_int8(
     ks: torch.Tensor,
     ke: torch.Tensor,
 ) -> torch.Tensor:
-    """q int8 [Tq, H, D], k int8 [Tk, D], k_scale [Tk], weights [Tq, H], ks and ke [Tq] int32 -> [Tq, Tk], at least float32.
+    """``lightning_indexer_logits`` of int8 q [Tq, H, D] and k [Tk, D], k_scale always given -> [Tq, Tk], at least float32.
 
-    sum_h weights_h * relu(q_h . k) * k_scale inside [ks, ke), -inf outside. Heads are added in order; the ops round once a
-    head, being one fma each.
+    Heads are added in order; the ops round once a head, being one fma each.
     """
     dots = torch.einsum("qhd,kd->qhk", q.double(), k.double())  # exact
     (weights_wide,) = wide(weights)
@@ -38,10 +37,5 @@ def lightning_indexer_topk_int8(
     ke: torch.Tensor,
     topk: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``lightning_indexer_logits_int8`` -> indices int32 [Tq, topk] of ``topk_indices``, lse [Tq] over all keys in range.
-
-    lse is +inf where no key scores above -inf, NaN where a key in range scores NaN.
-    """
-    logits = lightning_indexer_logits_int8(q, k, k_scale, weights, ks, ke)
-    _, lse = softmax_and_lse(logits, within(ks, ke, k.shape[0]))
-    return topk_indices(logits, topk, ks, ke), lse
+    """``lightning_indexer_topk`` of the scores of ``lightning_indexer_logits_int8``: indices int32 [Tq, topk], lse [Tq]."""
+    return choose(lightning_indexer_logits_int8(q, k, k_scale, weights, ks, ke), ks, ke, topk)
