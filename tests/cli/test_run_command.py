@@ -114,7 +114,7 @@ def test_a_full_disk_is_named_from_the_command_line(capsys, tmp_path, monkeypatc
 def test_run_trains_reports_and_generates(tmp_path, capsys):
     assert main(["run", "foundation", *SMALL, "--runs", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "sparse, after sparse adaptation" in out and "A sample" in out and "report.html" in out and "tokens/s" in out
+    assert "sparse, after dsa-sparse" in out and "A sample" in out and "report.html" in out and "tokens/s" in out
     assert (tmp_path / "foundation" / "report.html").is_file()
     assert main(["generate", "def f", "--run", str(tmp_path / "foundation"), "--tokens", "5", "--seed", "3"]) == 0
     first = capsys.readouterr().out

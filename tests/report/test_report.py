@@ -12,8 +12,10 @@ from glm5.report.chart import line_chart, log_ticks, smoothed, ticks
 EVALUATION = {
     "done": ["pretrain"],
     "about": {"topk": 64, "parameters": 2300000, "text": "10.4 MB of Python source"},
-    "pretrain/dense": {"nats_per_byte": 1.4, "long_rows": 1.38, "kl": 1.25},
-    "dsa-sparse/random": {"nats_per_byte": 1.6, "long_rows": None},
+    "measured": {
+        "pretrain/dense": {"title": "dense, after pretrain", "nats_per_byte": 1.4, "long_rows": 1.38, "kl": 1.25},
+        "dsa-sparse/random": {"title": "  with random keys instead", "nats_per_byte": 1.6, "long_rows": None},
+    },
     "recalls": [{"at": 0, "indexer": 0.2, "window": 0.3}, {"at": 60, "indexer": 0.8, "window": 0.3}],
     "samples": [{"title": "A sample", "prompt": "def ", "text": "f(x):\n    return x < 3 & y"}],
 }

@@ -5,13 +5,14 @@ import types
 import pytest
 import torch
 
+from glm5.recipes import StageRecipe
 from glm5.train import loop
 from glm5.train.loop import StageState, TrainingError, total_loss, train_stage
 from glm5.train.metrics import MetricsLog
 from glm5.train.parameters import indexer_names
 from glm5.train.run import build_model, open_run, prepare, run_stages
 from glm5.train.schedule import lr_factor
-from glm5.train.stages import KINDS, stage_of
+from glm5.train.stages import KINDS, ModelForm, stage_of
 from tests.train.test_run import STAGES, small_recipe
 
 ASKED = {"lm": 2.0, "mtp": [1.0, 5.0], "indexer_kl": 0.25}
@@ -123,11 +124,12 @@ def test_an_update_that_would_touch_what_is_frozen_is_refused(tmp_path, monkeypa
     one_step("dsa-sparse", [], tmp_path / "sparse")  # there the parameter learns
 
 
+@pytest.mark.parametrize("before", [ModelForm(), ModelForm("sparse")])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stage_asks_for_nothing_that_it_does_not_train(kind, tmp_path):
+def test_a_stage_asks_for_nothing_that_it_does_not_train(kind, before, tmp_path):
     """What a stage lets learn has a gradient, and nothing else has: of all parameters of the model."""
-    name = next(n for n, s in small_recipe().stages.items() if s.kind == kind)
-    stage, model = stage_of(small_recipe(), name), build_model(small_recipe())
+    model = build_model(small_recipe())
+    stage = KINDS[kind](StageRecipe(kind=kind, steps=1), before)
     run = open_run(small_recipe(), tmp_path)
     batch = run.dataset("train", 64).batch(0, 2)
     run.close()

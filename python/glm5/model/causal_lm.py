@@ -6,7 +6,7 @@ length, the batch or the chunk, because the two forms round differently.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from zlib import crc32
 
@@ -19,7 +19,8 @@ from glm5.model.batches import flat_rows
 from glm5.model.cache import LatentCache
 from glm5.model.config import Glm5Config
 from glm5.model.generation import generate
-from glm5.model.layers import LayerNorm, Linear, MoE, RMSNorm, at_least_float32
+from glm5.model.int4 import want_group_size
+from glm5.model.layers import Experts, LayerNorm, Linear, MoE, RMSNorm, at_least_float32
 from glm5.model.pretrained import Progress, load_pretrained, save_pretrained
 from glm5.model.rotary import RotaryTable, rope_frequencies
 from glm5.model.transformer import Backbone
@@ -160,6 +161,42 @@ class Glm5ForCausalLM(nn.Module):
         if form not in ("dense", "sparse"):
             raise ValueError(f"Glm5ForCausalLM.attention is {form!r}, want 'dense' or 'sparse'")
         self._attention = form
+
+    def set_rope_theta(self, theta: float) -> None:
+        """Turns the rotary frequencies to another base, as GLM does when the context grows (GLM-4.5 report: 1e4 to 1e6 at
+        32K). The config changes with them, so that ``save_pretrained`` writes what the model computes.
+
+        Raises:
+            ValueError: theta is no number > 0.
+        """
+        config = replace(self.config, rope_parameters=self.config.rope_parameters | {"rope_theta": theta})
+        for module in self.modules():
+            if hasattr(module, "config"):
+                module.config = config
+        self._rotary = RotaryTable(*rope_frequencies(config), config.max_position_embeddings)
+
+    @property
+    def int4_group_size(self) -> int | None:
+        """Inputs a scale when the routed experts compute with int4 weights; None when with their own."""
+        return next((getattr(layer.experts, "int4_group_size", None) for layer in self.moe_layers()), None)
+
+    @int4_group_size.setter
+    def int4_group_size(self, size: int | None) -> None:
+        """Makes the routed experts compute with what ``ops.quantize_int4`` leaves of their weights, or with these again.
+
+        The weights themselves stay as they are and take the gradient straight through: quantisation-aware training. A
+        model saved in this form keeps its own weights; ``glm5.model.int4.quantized_experts`` gives the codes and scales.
+
+        Raises:
+            ValueError: size is none of 32, 64, 128 and -1 (a row), or does not divide the experts' widths; the experts are
+                FP8.
+        """
+        if size is not None:
+            if any(not isinstance(layer.experts, Experts) for layer in self.moe_layers()):
+                raise ValueError("int4_group_size: the experts are FP8; load them with fp8='dequantize'")
+            want_group_size(self.config, size)
+        for layer in self.moe_layers():
+            layer.experts.int4_group_size = size
 
     def moe_layers(self) -> list[MoE]:
         """The MoE blocks in layer order, the MTP layer's last: the order of ``expert_load``."""

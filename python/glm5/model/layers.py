@@ -103,19 +103,24 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts, fused: gate_up_proj [E, 2I, H] (gate first), down_proj [E, H, I]."""
+    """The routed experts, fused: gate_up_proj [E, 2I, H] (gate first), down_proj [E, H, I].
+
+    With ``int4_group_size`` they compute with int4 weights, one scale for so many inputs of an output (-1: for all).
+    """
 
     def __init__(self, config: Glm5Config):
         super().__init__()
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.int4_group_size: int | None = None
 
     def forward(self, x: torch.Tensor, group_ends: torch.Tensor) -> torch.Tensor:
         """x [S, H] sorted by expert, group_ends [E] -> [S, H]."""
-        return ops.grouped_linear(
-            ops.silu_mul(ops.grouped_linear(x, self.gate_up_proj, group_ends)), self.down_proj, group_ends
-        )
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if self.int4_group_size is not None:
+            gate_up, down = (ops.fake_quantize_int4(w, self.int4_group_size) for w in (gate_up, down))
+        return ops.grouped_linear(ops.silu_mul(ops.grouped_linear(x, gate_up, group_ends)), down, group_ends)
 
 
 class MoE(nn.Module):

@@ -84,6 +84,8 @@ def _explain(error: dict) -> str:
         return f"stages.{location[1]}: no such stage; a new one needs {key}: {error['msg']}"
     if error["type"] == "missing":
         return f"key {key} is missing"
+    if error["type"] == "value_error":  # a check over several keys, which its message names
+        return f"{key}: {error['ctx']['error']}"
     return f"{key}: got {error['input']!r}: {error['msg']}"
 
 

@@ -36,10 +36,14 @@ class DataRecipe(_Strict):
     validation_one_in: int = Field(20, ge=2)
 
 
+# Keys that mean something to stages of one kind alone.
+_KIND_OF_KEY = {"rope_theta": "midtrain", "int4_group_size": "sft"}
+
+
 class StageRecipe(_Strict):
     """One stage of training. Learning rates are peaks; steps, never seconds, decide when anything happens."""
 
-    kind: Literal["pretrain", "dsa-warmup", "dsa-sparse"]
+    kind: Literal["pretrain", "midtrain", "dsa-warmup", "dsa-sparse", "sft"]
     steps: PositiveInt
     sequence_length: int = Field(1024, ge=2)
     packs_per_step: PositiveInt = 8  # a step trains on packs_per_step * sequence_length tokens
@@ -53,8 +57,19 @@ class StageRecipe(_Strict):
     mtp_depth: int = Field(1, ge=0, le=8)
     mtp_weight: NonNegativeFloat = 0.3
     router_bias_rate: NonNegativeFloat = 0.001
+    rope_theta: NonNegativeFloat = 0.0  # midtrain: the rotary base from here on, and in later stages; 0: no other
+    int4_group_size: Literal[0, 32, 64, 128] = (
+        0  # sft: routed experts learn as int4 weights, one scale for so many; 0: not so
+    )
     checkpoint_every: PositiveInt = 25  # steps; keep it under 30 s of work
     validate_every: PositiveInt = 100
+
+    @model_validator(mode="after")
+    def _keys_belong_to_their_kinds(self):
+        for key, kind in _KIND_OF_KEY.items():
+            if self.kind != kind and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is a key of stages of kind {kind}, not {self.kind}")
+        return self
 
     @property
     def tokens_per_step(self) -> int:

@@ -14,23 +14,10 @@ class Row:
     kl: float | None = None
 
 
-# label in evaluation.json -> what a reader should call it, in the order of the run
-_NAMES = {
-    "pretrain/dense": "dense, after pre-training",
-    "pretrain/sparse": "sparse, indexer untrained",
-    "dsa-warmup/dense": "dense, after indexer warm-up",
-    "dsa-warmup/sparse": "sparse, after indexer warm-up",
-    "dsa-sparse/dense": "dense, after sparse adaptation",
-    "dsa-sparse/sparse": "sparse, after sparse adaptation",
-    "dsa-sparse/window": "  with a last-k window instead",
-    "dsa-sparse/random": "  with random keys instead",
-}
-
-
 def summary_rows(evaluation: dict) -> list[Row]:
-    """Rows of the table, for the evaluations that are there."""
+    """Rows of the table, in the order of the run."""
     fields = ("nats_per_byte", "long_rows", "recall", "kl")
-    return [Row(name, *(evaluation[label].get(f) for f in fields)) for label, name in _NAMES.items() if label in evaluation]
+    return [Row(each["title"], *map(each.get, fields)) for each in evaluation.get("measured", {}).values()]
 
 
 def text_table(rows: list[Row], topk: int) -> str:

@@ -9,26 +9,39 @@ from functools import partial
 from glm5._files import write_atomically
 from glm5.data import ByteTokenizer
 from glm5.model.selection import last_keys, random_keys
+from glm5.train.stages import stage_of
 from glm5.train.validation import batches, indexer_kl, language_loss, selection_recall
 
 _KL_PACKS = 16
 _RECALL_PACKS = 8
 _PERIODIC_PACKS = 16
+# What a reader should call a measurement; one that ends in a blank goes on with the name of the stage.
+_TITLES = {
+    "dense": "dense, after ",
+    "untrained": "sparse, indexer untrained",
+    "sparse": "sparse, after ",
+    "window": "  with a last-k window instead",
+    "random": "  with random keys instead",
+}
 
 
 class Evaluator:
-    """Evaluates one run's model. ``results`` maps labels such as "dsa-sparse/random" to numbers."""
+    """Evaluates one run's model.
+
+    ``results["measured"]`` maps labels such as "dsa-sparse/random" (stage and form) to a title and numbers, in the order of
+    the run; "done" names the stages that were measured; "recalls", "samples" and "about" are for the report.
+    """
 
     def __init__(self, run, model):
         self.run, self.model, self.recipe = run, model, run.recipe.evaluation
         self.path = run.folder / "evaluation.json"
-        self.results: dict = self._read() if self.path.exists() else {"done": []}
+        self.results: dict = self._read() if self.path.exists() else {"done": [], "measured": {}}
 
     def _read(self) -> dict:
         """Raises ValueError when the file is not one that ``after`` wrote."""
         try:
             results = json.loads(self.path.read_bytes())
-            if isinstance(results["done"], list):
+            if isinstance(results["done"], list) and isinstance(results["measured"], dict):
                 return results
         except (ValueError, KeyError, TypeError):
             pass
@@ -37,7 +50,7 @@ class Evaluator:
     def forget(self) -> None:
         """Drops all results: the run begins anew."""
         self.path.unlink(missing_ok=True)
-        self.results = {"done": []}
+        self.results = {"done": [], "measured": {}}
 
     def validation_loss(self) -> float:
         """Nats per byte on a few packs, in the model's present form of attention."""
@@ -47,13 +60,20 @@ class Evaluator:
         """Measures what the stage called `name` is about, unless that was done before."""
         if name in self.results["done"]:
             return
-        stages = self.run.recipe.stages
-        stage, names = stages[name], list(stages)
-        following = names[names.index(name) + 1 :]
-        if stage.kind == "pretrain" and following and stages[following[0]].kind == "pretrain":
-            return  # one long pre-training in two lengths is measured at its end
-        measure = {"pretrain": self._after_pretrain, "dsa-warmup": self._after_warmup, "dsa-sparse": self._after_sparse}
-        self.results |= measure[stage.kind](stage)
+        recipe = self.run.recipe
+        stage, names = stage_of(recipe, name), list(recipe.stages)
+        following = [stage_of(recipe, other) for other in names[names.index(name) + 1 :][:1]]
+        if stage.indexer == "warmup":
+            found = self._after_warmup(stage)
+        elif stage.form.attention == "dense":
+            found = self._after_dense(stage, adapts_next=any(other.indexer == "warmup" for other in following))
+        else:
+            found = self._after_sparse(stage)
+        for label, numbers in found.items():
+            title = f"{_TITLES[label]}{name}" if _TITLES[label].endswith(" ") else _TITLES[label]
+            self.results["measured"][f"{name}/{label}"] = {"title": title} | numbers
+        if name == names[-1]:
+            self.results["samples"] = [self._sample(stage.form.attention)]
         self.results["about"] = {
             "topk": self.model.config.index_topk,
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -62,34 +82,37 @@ class Evaluator:
         self.results["done"].append(name)
         write_atomically(self.path, json.dumps(self.results, indent=1))
 
-    def _after_pretrain(self, stage) -> dict:
+    def _after_dense(self, stage, adapts_next: bool) -> dict:
+        """`adapts_next`: the next stage warms the indexers up, so what they are like before is of interest."""
+        if not adapts_next:
+            return {"dense": self._loss("dense")}
         return {
-            "pretrain/dense": self._loss("dense") | {"kl": self._kl("warmup", stage)},
-            "pretrain/sparse": self._loss("sparse") | self._recall("dense", 0),
+            "dense": self._loss("dense") | {"kl": self._kl("warmup", stage)},
+            "untrained": self._loss("sparse") | self._recall("dense", 0),
         }
 
     def _after_warmup(self, stage) -> dict:
         return {
-            "dsa-warmup/dense": self._loss("dense") | {"kl": self._kl("warmup", stage)},
-            "dsa-warmup/sparse": self._loss("sparse") | self._recall("dense", stage.steps),
+            "dense": self._loss("dense") | {"kl": self._kl("warmup", stage)},
+            "sparse": self._loss("sparse") | self._recall("dense", stage.recipe.steps),
         }
 
     def _after_sparse(self, stage) -> dict:
-        recall = self._recall("sparse", stage.steps)
-        return {
-            "dsa-sparse/dense": self._loss("dense"),
-            "dsa-sparse/sparse": self._loss("sparse") | recall | {"kl": self._kl("sparse", stage)},
-            "dsa-sparse/window": self._loss("sparse", lambda _: last_keys)
-            | {"recall": self.results["recalls"][-1]["window"]},
-            "dsa-sparse/random": self._loss("sparse", partial(random_keys, self.run.recipe.seed)),
-            "samples": [self._sample()],
+        recall = self._recall("sparse", stage.recipe.steps)
+        own = {"sparse": self._loss("sparse") | recall | {"kl": self._kl("sparse", stage)}}
+        if stage.before.attention == "sparse":
+            return own
+        return own | {
+            "dense": self._loss("dense"),
+            "window": self._loss("sparse", lambda _: last_keys) | {"recall": self.results["recalls"][-1]["window"]},
+            "random": self._loss("sparse", partial(random_keys, self.run.recipe.seed)),
         }
 
     def _loss(self, attention: str, select=None) -> dict:
         return language_loss(self.model, attention, self._held_out(self.recipe.packs), select)
 
     def _kl(self, indexer: str, stage) -> float:
-        return indexer_kl(self.model, self._held_out(_KL_PACKS), indexer, stage.mtp_depth)
+        return indexer_kl(self.model, self._held_out(_KL_PACKS), indexer, stage.recipe.mtp_depth)
 
     def _recall(self, attention: str, steps: int) -> dict:
         """Recall of the indexer; both its and the window's join the curve, `steps` after the last point."""
@@ -98,15 +121,16 @@ class Evaluator:
         curve.append({"at": (curve[-1]["at"] if curve else 0) + steps} | measured)
         return {"recall": measured["indexer"]}
 
-    def _sample(self) -> dict:
+    def _sample(self, attention: str) -> dict:
         text = generate_text(
             self.model,
             self.recipe.sample_prompt,
             self.recipe.sample_tokens,
             self.recipe.sample_temperature,
             self.run.recipe.seed,
+            attention,
         )
-        return {"title": "A sample, sparse attention", "prompt": self.recipe.sample_prompt, "text": text}
+        return {"title": f"A sample, {attention} attention", "prompt": self.recipe.sample_prompt, "text": text}
 
     def _held_out(self, packs: int, packs_per_batch: int | None = None):
         dataset = self.run.dataset("validation", self.recipe.sequence_length)

@@ -52,6 +52,8 @@ def build_model(recipe: Recipe):
 
 def _want_fitting(recipe: Recipe, config) -> None:
     """Refuses at once what would fail when its stage is reached, which may be hours later."""
+    from glm5.model.int4 import want_group_size
+
     vocabulary, evaluation = ByteTokenizer.vocab_size, recipe.evaluation
     if config.vocab_size < vocabulary:
         raise RecipeError(
@@ -69,6 +71,11 @@ def _want_fitting(recipe: Recipe, config) -> None:
     for name, stage in recipe.stages.items():
         if stage.mtp_depth and not config.num_nextn_predict_layers:
             raise RecipeError(f"stages.{name}.mtp_depth is {stage.mtp_depth}, want 0: the model has no MTP layer")
+        if stage.int4_group_size:
+            try:
+                want_group_size(config, stage.int4_group_size)
+            except ValueError as error:
+                raise RecipeError(f"stages.{name}.{error}") from None
 
 
 def model_tensors(model) -> dict[str, torch.Tensor]:
@@ -117,8 +124,8 @@ def load_run(folder: Path, say: Callable[[str], None] = print):
         raise ValueError(f"{folder} has no checkpoint yet")
     manifest, files = loaded
     model = build_model(recipe)
-    load_model_tensors(model, manifest, files["model"])
     stage_of(recipe, manifest.stage).form.give(model)
+    load_model_tensors(model, manifest, files["model"])
     return model
 
 
@@ -229,6 +236,7 @@ def resume(run: Run, model, say=print) -> tuple[str, StageState]:
             f"the checkpoints in {run.store.folder} were trained on other text (another Python's standard library?); "
             "go on with the interpreter they were made with or choose another name=..."
         )
+    stage_of(run.recipe, manifest.stage).form.give(model)
     load_model_tensors(model, manifest, files.pop("model"))
     run.metrics.truncate(manifest.metrics_bytes)
     say(f"resuming {run.folder} at stage {manifest.stage}, step {manifest.step}")

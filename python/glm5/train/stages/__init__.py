@@ -2,10 +2,18 @@
 
 from glm5.recipes import Recipe
 from glm5.train.stages.dsa import DsaSparse, DsaWarmup
+from glm5.train.stages.midtrain import Midtrain
 from glm5.train.stages.pretrain import Pretrain
+from glm5.train.stages.sft import Sft
 from glm5.train.stages.stage import ModelForm, Stage
 
-KINDS: dict[str, type[Stage]] = {"pretrain": Pretrain, "dsa-warmup": DsaWarmup, "dsa-sparse": DsaSparse}
+KINDS: dict[str, type[Stage]] = {
+    "pretrain": Pretrain,
+    "midtrain": Midtrain,
+    "dsa-warmup": DsaWarmup,
+    "dsa-sparse": DsaSparse,
+    "sft": Sft,
+}
 
 
 def stage_of(recipe: Recipe, name: str) -> Stage:

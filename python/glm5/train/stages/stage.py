@@ -14,10 +14,15 @@ class ModelForm:
     """What, beside its weights, makes a model compute what it does. A stage may change it; the next one inherits it."""
 
     attention: str = "dense"  # or "sparse"
+    rope_theta: float | None = None  # base of the rotary frequencies; None: the preset's, which no stage has changed
+    int4_group_size: int | None = None  # of routed experts that compute with int4 weights; None: with their own
 
     def give(self, model) -> None:
         """Puts `model` into this form."""
         model.attention = self.attention
+        if self.rope_theta is not None:
+            model.set_rope_theta(self.rope_theta)
+        model.int4_group_size = self.int4_group_size
 
 
 class Stage:
@@ -28,14 +33,15 @@ class Stage:
         before: the model's form at the end of the stage before.
 
     Attributes:
-        form: the model's form in this stage and after it.
+        before, form: the model's form before this stage; in it, and after it.
         validates: whether held-out loss is worth measuring on the way.
     """
 
     validates = True
 
     def __init__(self, recipe: StageRecipe, before: ModelForm):
-        self.recipe, self.form = recipe, self.change(before)
+        self.recipe, self.before = recipe, before
+        self.form = self.change(before)
 
     def change(self, before: ModelForm) -> ModelForm:
         """The form that the stage gives a model which comes in the form `before`."""
