@@ -43,7 +43,7 @@ def _not_sorted(scores, k, ks=None, ke=None):
     return torch.where((chosen >= 0).all(-1, keepdim=True), chosen.flip(-1), chosen)
 
 
-def _higher_of_ties(scores, k, ks=None, ke=None):
+def higher_of_ties(scores, k, ks=None, ke=None):
     rows, n = scores.shape
     if ks is not None:
         column = torch.arange(n)
@@ -107,7 +107,7 @@ _longer,
     Wrapper("depends on the number of threads", "silu_mul", "determinism", _sums_by_thread,
         also=("compile",), why="the number of threads cannot be traced"),
     Wrapper("depends on the number of rows", "rms_norm", "row_invariance", _depends_on_the_batch),
-    Wrapper("higher index of ties", "topk_indices", "ties", _higher_of_ties),
+    Wrapper("higher index of ties", "topk_indices", "ties", higher_of_ties),
     Wrapper("NaN replaced by 0", "mla_attention", "nan", _without_nan),
     Wrapper("lse of no keys is -inf", "sparse_mla", "empty", _empty_is_minus_infinity),
     Wrapper("assumes contiguous rows", "layer_norm", "strides", _assumes_contiguous),

@@ -9,6 +9,9 @@ from hypothesis import given, settings
 
 from glm5 import ops
 from glm5.testing import PROPERTIES, ConformanceError, check, example, specs, strategies
+from glm5.testing.lightning_indexer import paged_logits
+from glm5.testing.spec import as_tuple
+from tests.mutation.wrappers import higher_of_ties
 
 
 def test_a_report_for_pytest():
@@ -33,6 +36,34 @@ def test_wrong_shapes_and_counts_are_named():
     assert "output 0 has shape" in str(report)
     report = check("silu_mul", impl=lambda x: (ops.silu_mul(x), x.sum()), examples=2, properties=["accuracy"])
     assert "2 outputs, want 1" in str(report)
+
+
+def _by_the_number_of(t):
+    return 1 + t.shape[0] % 2
+
+
+UNEVEN = {
+    "quantize_fp8": lambda x, block, power_of_two: ops.quantize_fp8(x * _by_the_number_of(x), block, power_of_two),
+    "latent_cache_write": lambda rows, **rest: ops.latent_cache_write(rows * _by_the_number_of(rows), **rest),
+    "indexer_cache_write": lambda k, **rest: ops.indexer_cache_write(k * _by_the_number_of(k), **rest),
+    "w4a8_prepack": lambda packed, scale, **rest: ops.w4a8_prepack(packed, scale * _by_the_number_of(scale), **rest),
+    "w4a8_unpack": lambda w: tuple(t * _by_the_number_of(w) for t in as_tuple(ops.w4a8_unpack(w))),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_rows_are_found_where_outputs_are_blocks_pools_and_layouts(name):
+    report = check(name, impl=UNEVEN[name], examples=4, properties=["row_invariance"])
+    assert report.failed == ["row_invariance"] and "raised" not in str(report)
+
+
+def test_a_choice_among_pages_is_held_to_its_ties():
+    def higher_index(topk, **arguments):
+        scores = paged_logits(**arguments).float()
+        return higher_of_ties(scores, topk), ops.lightning_indexer_topk_paged(**arguments, topk=topk)[1]
+
+    kit = {"name": "lightning_indexer_topk_paged", "impl": higher_index, "examples": 8}
+    assert check(**kit, properties=["accuracy", "ties"]).failed == ["ties"]
 
 
 @pytest.mark.parametrize("name", sorted(specs()))

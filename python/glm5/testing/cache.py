@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from glm5 import reference
+from glm5.reference.cache import indexer_rows
 from glm5.testing.quantize import draw_values
 from glm5.testing.spec import OpSpec, register
 
@@ -53,11 +54,11 @@ def lay_pages(lengths, page_size: int, width: int, dtype, seed: int = 0, spare: 
     return Pages(cache, table, list(lengths))
 
 
-def fill_pages(pages: Pages, dim: int, dtype, latent: bool, draw, scale: float = 1.0) -> None:
-    """Drawn rows of ``dim`` for every position of every sequence."""
+def fill_pages(pages: Pages, dim: int, dtype, latent: bool, draw, change=lambda rows: rows) -> None:
+    """Drawn rows of ``dim`` for every position of every sequence, ``change``d before they are written."""
     slots = [pages.slots(i) for i in range(len(pages.lengths))]
     slots = torch.cat(slots).unique().int() if slots else torch.zeros(0, dtype=torch.int32)
-    pages.put(draw.tensor(len(slots), dim, dtype=dtype, scale=scale), slots, latent)
+    pages.put(change(draw.tensor(len(slots), dim, dtype=dtype)), slots, latent)
 
 
 def draw_latent_pages(draw, dtype, lengths) -> tuple[Pages, int]:
@@ -146,6 +147,38 @@ def _draw_indexer_cache_write(draw, dtype):
     return {"k": k, "slots": _draw_slots(draw, k.shape[0], cache.shape[0] * cache.shape[1]), "cache": cache}
 
 
-register(OpSpec("latent_cache_write", _draw_latent_cache_write, bitwise=True, mutates=("cache",)))
+def _written_rows(outputs, arguments):
+    """What each row was written as, zeros for those without a slot."""
+    pool, slots = outputs[0].flatten(0, 1), arguments["slots"]
+    if not len(pool):
+        return (pool.new_zeros(len(slots), pool.shape[1]),)
+    return (pool[slots.long().clamp(min=0)].masked_fill(slots[:, None] < 0, 0),)
+
+
+def _written_keys(outputs, arguments):
+    """The same of a pool in which scales lie behind all codes of a page."""
+    if outputs[0].dtype != torch.uint8:
+        return _written_rows(outputs, arguments)
+    codes, scale = indexer_rows(outputs[0], arguments["slots"])
+    absent = arguments["slots"] < 0
+    return codes.view(torch.uint8).masked_fill(absent[:, None], 0), scale.masked_fill(absent, 0)
+
+
+def _own_slots(arguments):
+    """No two rows have the same slot."""
+    slots = arguments["slots"][arguments["slots"] >= 0]
+    return len(slots.unique()) == len(slots)
+
+
+def _register_write(name, draw, rows, outputs, in_rows):
+    register(
+        OpSpec(
+            name, draw, bitwise=True, mutates=("cache",), rows=(rows, "slots"), outputs=outputs, in_rows=in_rows,
+            independent=_own_slots,
+        )
+    )  # fmt: skip
+
+
+_register_write("latent_cache_write", _draw_latent_cache_write, "rows", ("rows",), _written_rows)
+_register_write("indexer_cache_write", _draw_indexer_cache_write, "k", ("rows", "rows"), _written_keys)
 register(OpSpec("latent_cache_read", _draw_latent_cache_read, bitwise=True, rows=("slots",), outputs=("rows",)))
-register(OpSpec("indexer_cache_write", _draw_indexer_cache_write, bitwise=True, mutates=("cache",)))

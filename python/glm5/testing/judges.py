@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glm5.testing.compare import BUDGETS, allowed_error, relative_error, same_bits
-from glm5.testing.spec import OpSpec, as_tuple, empty_rows, number_of_rows, select_rows, widened
+from glm5.testing.spec import OpSpec, as_tuple, by_rows, empty_rows, number_of_rows, select_rows, widened
 
 NAN = float("nan")
 NO_GRADIENT = "no output carries a gradient"
@@ -334,7 +334,7 @@ def strided_cotangents(candidate: Candidate, arguments: dict, dtype: torch.dtype
 def rows_alone(candidate: Candidate, arguments: dict, dtype: torch.dtype) -> list[str]:
     """A row has the same bits alone, in any part of the batch and in any order."""
     op, count = candidate.op, number_of_rows(candidate.op, arguments)
-    whole = candidate.call(arguments)
+    whole = by_rows(op, candidate.call(arguments), arguments)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
     parts = {"in another order": order, "in part of the batch": order[: (count + 1) // 2].sort().values}
     parts["without the first row"] = torch.arange(1, count)
@@ -343,7 +343,8 @@ def rows_alone(candidate: Candidate, arguments: dict, dtype: torch.dtype) -> lis
     found = []
     for why, rows in parts.items():
         part, rows = select_rows(op, arguments, rows)
-        for i, (kind, g, w) in enumerate(zip(op.outputs, candidate.call(part), whole, strict=False)):
+        got = by_rows(op, candidate.call(part), part)
+        for i, (kind, g, w) in enumerate(zip(op.outputs, got, whole, strict=False)):
             if kind != "other" and not same_bits(g, w[rows]):
                 found.append(f"output {i}: other bits {why}")
     return found
@@ -408,7 +409,7 @@ def poisons(op: OpSpec, arguments: dict) -> list[str]:
 def poison_stays_visible(candidate: Candidate, arguments: dict, dtype: torch.dtype) -> list[str]:
     """A NaN in a row's or a key's inputs shows in the rows that see it, and changes no bit of the others."""
     op, found = candidate.op, []
-    clean = candidate.call(arguments)
+    clean = by_rows(op, candidate.call(arguments), arguments)
     for name in poisons(op, arguments):
         place = arguments[name].shape[0] // 2
         poisoned = arguments[name].clone()
@@ -417,7 +418,8 @@ def poison_stays_visible(candidate: Candidate, arguments: dict, dtype: torch.dty
             seen = sees(op, arguments, place)
         else:
             seen = torch.arange(number_of_rows(op, arguments)) == place
-        got, want = (f({**arguments, name: poisoned}) for f in (candidate.call, lambda a: expected(op, a)))
+        with_nan = {**arguments, name: poisoned}
+        got, want = (by_rows(op, f(with_nan), with_nan) for f in (candidate.call, lambda a: expected(op, a)))
         for i, (kind, g, w, c) in enumerate(zip(op.outputs, got, want, clean, strict=False)):
             if kind == "other":
                 continue

@@ -35,12 +35,16 @@ def _draw_topk(draw, dtype):
     return {**_draw_logits(draw, dtype), "topk": draw.choice([0, 1, 16, 64, 400])}
 
 
+def _whole(arguments):
+    """Queries and weights as small whole numbers. With keys of -1, 0 and 1 every score is exact in float32, and most are
+    shared by several keys."""
+    rounded = {k: arguments[k].float().round().clamp(-2, 2).to(arguments[k].dtype) for k in ("q", "weights")}
+    return {**arguments, **rounded}
+
+
 def _draw_ties(draw, dtype):
-    """Small whole numbers: every score is exact in float32, and most are shared by several keys."""
-    arguments = _draw_topk(draw, dtype)
-    for name in ("q", "k", "weights"):
-        value = arguments[name].float().sign() if name == "k" else arguments[name].float().round().clamp(-2, 2)
-        arguments[name] = value.to(arguments[name].dtype)
+    arguments = _whole(_draw_topk(draw, dtype))
+    arguments["k"] = arguments["k"].float().sign().to(arguments["k"].dtype)
     if arguments["k_scale"] is not None:
         arguments["k_scale"] = torch.full_like(arguments["k_scale"], 0.5)
     return arguments
@@ -102,14 +106,14 @@ register(
 )
 
 
-def _draw_topk_paged(draw, dtype):
+def _draw_topk_paged(draw, dtype, change=lambda keys: keys):
     fp8 = dtype == torch.float8_e4m3fn
     heads, dim = draw.choice([3, 1, 4, 32]), draw.choice([16, 1, 33, 128])
     pages = lay_pages(
         draw_lengths(draw), draw.choice([16, 1, 7, 64]), dim + 4 if fp8 else dim, torch.uint8 if fp8 else dtype,
         seed=draw.integer(0, 2**31 - 1), shared=draw.choice([0, 0, 2]),
     )  # fmt: skip
-    fill_pages(pages, dim, torch.float32 if fp8 else dtype, False, draw)
+    fill_pages(pages, dim, torch.float32 if fp8 else dtype, False, draw, change)
     queries = draw.choice([3, 0, 1, 9])
     sequence = draw_sequences(draw, queries, pages)
     ks, ke = draw_positions(draw, sequence, pages)
@@ -125,7 +129,11 @@ def _draw_topk_paged(draw, dtype):
     }
 
 
-def _paged_logits(q, weights, cache, block_table, sequence, ks, ke):
+def _draw_ties_paged(draw, dtype):
+    return {**_whole(_draw_topk_paged(draw, dtype, torch.sign)), "topk": draw.choice([16, 5, 1, 33])}
+
+
+def paged_logits(q, weights, cache, block_table, sequence, ks, ke):
     """[Tq, positions] scores of each query's keys, -inf elsewhere."""
     scores = torch.full((q.shape[0], block_table.shape[1] * cache.shape[1]), float("-inf"), dtype=torch.float64)
     for t, (s, first, last) in enumerate(zip(*(x.tolist() for x in (sequence, ks, ke)), strict=True)):
@@ -142,8 +150,9 @@ register(
         _draw_topk_paged,
         budget="scores",
         dtypes=_DTYPES,
-        compare=partial(valid_choice, _paged_logits),
+        compare=partial(valid_choice, paged_logits),
         rows=("q", "weights", "sequence", "ks", "ke"),
         outputs=("rows", "rows"),
+        ties=_draw_ties_paged,
     )
 )

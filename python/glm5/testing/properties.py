@@ -33,6 +33,8 @@ def _until(wanted: Callable, field: str = "draw") -> Callable:
 
 
 def _several_rows(op, arguments) -> bool:
+    if op.independent is not None and not op.independent(arguments):
+        return False
     return not is_empty(op, arguments) and number_of_rows(op, arguments) >= 3
 
 

@@ -20,7 +20,7 @@ def draw_values(draw, *shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def draw_shape(draw, columns) -> tuple[int, ...]:
     """[M, K] or [B, M, K]."""
-    batch = draw.choice([(), (), (1,), (2,), (0,), (2, 2)])
+    batch = draw.choice([(), (), (1,), (2,), (0,), (2, 2), (3,)])
     return *batch, draw.choice([0, 1, 2, 5, 33, 130, 257]), draw.choice(columns)
 
 
@@ -80,8 +80,23 @@ def _draw_dequantize_int4(draw, dtype):
     }
 
 
-register(OpSpec("quantize_fp8", _draw_quantize_fp8, bitwise=True))
-register(OpSpec("dequantize_fp8", _draw_dequantize_fp8, bitwise=True))
+def _no_block_spans_rows(arguments):
+    """Rows are those of the first dimension: matrices of a batch, or rows of one matrix in blocks of 1 x 128."""
+    return arguments["block"][0] == 1 or arguments.get("x", arguments.get("q")).dim() > 2
+
+
+register(
+    OpSpec(
+        "quantize_fp8", _draw_quantize_fp8, bitwise=True, rows=("x",), outputs=("rows", "rows"),
+        independent=_no_block_spans_rows,
+    )
+)  # fmt: skip
+register(
+    OpSpec(
+        "dequantize_fp8", _draw_dequantize_fp8, bitwise=True, rows=("q", "scale"), outputs=("rows",),
+        independent=_no_block_spans_rows,
+    )
+)  # fmt: skip
 register(OpSpec("quantize_int8", _draw_quantize_int8, bitwise=True, rows=("x",), outputs=("rows", "rows")))
 register(OpSpec("quantize_int4", _draw_quantize_int4("w"), bitwise=True, rows=("w",), outputs=("rows", "rows", "rows")))
 register(

@@ -69,6 +69,9 @@ class OpSpec:
             lists]) or "other" (not one row a row). Empty where no such comparison makes sense; optional outputs stand last.
         select_rows: (arguments, int64 rows) -> (arguments of the call for these rows, the rows in the order in which they
             then come out); None takes these rows of every argument in ``rows``.
+        in_rows: (outputs, arguments) -> the outputs as rows, where they are something else (a pool of pages, a layout of a
+            backend's own); ``outputs`` speaks of these. None: they are rows already.
+        independent: arguments -> whether no row of this call depends on another one. None: it is so in every call.
         ties: (Draw, dtype) -> arguments full of ties, for which integer outputs equal the reference's.
         special: (Draw, dtype) -> arguments with NaN, infinities, -0.0, for which the outputs are the reference's.
         poisons: arguments in which a NaN must show in the rows that see it and nowhere else; None: every floating one in
@@ -90,6 +93,8 @@ class OpSpec:
     lists: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     select_rows: Callable | None = None
+    in_rows: Callable | None = None
+    independent: Callable | None = None
     ties: Callable | None = None
     special: Callable | None = None
     poisons: tuple[str, ...] | None = None
@@ -151,6 +156,11 @@ def select_rows(op: OpSpec, arguments: dict, rows: torch.Tensor) -> tuple[dict, 
     if op.select_rows is not None:
         return op.select_rows(arguments, rows)
     return {k: v[rows] if k in op.rows and v is not None else v for k, v in arguments.items()}, rows
+
+
+def by_rows(op: OpSpec, outputs: tuple, arguments: dict) -> tuple:
+    """What the op gave for these arguments, as rows."""
+    return outputs if op.in_rows is None else op.in_rows(outputs, arguments)
 
 
 def empty_rows(op: OpSpec, arguments: dict) -> torch.Tensor | None:

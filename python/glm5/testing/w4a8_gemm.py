@@ -3,7 +3,8 @@ float64 reference."""
 
 import torch
 
-from glm5.testing.spec import OpSpec, register
+from glm5 import reference
+from glm5.testing.spec import OpSpec, as_tuple, register
 
 # Around blocks of 16 columns and pairs of them, and tiles of rows; 0 is a size like any other.
 _COLUMNS = [33, 1, 16, 48, 7, 31, 70, 0]
@@ -30,17 +31,26 @@ def draw_weight(draw, *before: int) -> dict:
 
 
 def _draw_prepack(draw, dtype):
-    return draw_weight(draw, *draw.choice([(), (2,), (0,), (2, 3)]))
+    return draw_weight(draw, *draw.choice([(), (2,), (0,), (2, 3), (3,)]))
 
 
 def _prepacked(draw, *before):
-    from glm5.reference import w4a8_prepack
+    return reference.w4a8_prepack(**draw_weight(draw, *before))
 
-    return w4a8_prepack(**draw_weight(draw, *before))
+
+def _unpacked(outputs, arguments):
+    """packed, scale and zeros: rows, which columns of a prepacked weight are not. Of a batch, the matrices."""
+    return as_tuple(reference.w4a8_unpack(outputs[0]))
+
+
+def _select_packed_rows(arguments, rows):
+    """Some columns, or matrices of a batch, prepacked as if there were no others."""
+    unpacked = as_tuple(reference.w4a8_unpack(arguments["w"]))
+    return {"w": reference.w4a8_prepack(*(t[rows] for t in unpacked))}, rows
 
 
 def _draw_unpack(draw, dtype):
-    return {"w": _prepacked(draw, *draw.choice([(), (2,), (0,), (2, 3)]))}
+    return {"w": _prepacked(draw, *draw.choice([(), (2,), (0,), (2, 3), (3,)]))}
 
 
 def _inner(w):
@@ -80,7 +90,8 @@ def _select_grouped_rows(arguments, rows):
 
 
 _ROWS_OF = {"rows": ("x", "x_scale"), "outputs": ("rows",), "budget": "quantized"}
-register(OpSpec("w4a8_prepack", _draw_prepack, dtypes=(torch.float32,), bitwise=True))
-register(OpSpec("w4a8_unpack", _draw_unpack, dtypes=(torch.float32,), bitwise=True))
+_PACKING = {"dtypes": (torch.float32,), "bitwise": True, "outputs": ("rows", "rows", "rows")}
+register(OpSpec("w4a8_prepack", _draw_prepack, rows=("packed", "scale", "zeros"), in_rows=_unpacked, **_PACKING))
+register(OpSpec("w4a8_unpack", _draw_unpack, rows=("w",), select_rows=_select_packed_rows, poisons=(), **_PACKING))
 register(OpSpec("w4a8_gemm", _draw_gemm, **_ROWS_OF))
 register(OpSpec("w4a8_grouped_gemm", _draw_grouped, select_rows=_select_grouped_rows, **_ROWS_OF))
