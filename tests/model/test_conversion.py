@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from glm5 import Glm5ForCausalLM
+from glm5 import Glm5ForCausalLM, ops
 from glm5.model.conversion import convert_checkpoint
+from glm5.model.int4_formats import CompressedTensorsInt4, from_compressed_tensors
+from glm5.model.pretrained import checkpoint_views
 from tests.model.checkpoints import (
     FP8_SHAPES,
     assert_same,
@@ -114,9 +116,43 @@ def test_files_beside_the_weights_come_along(tmp_path):
     assert set(contents(tmp_path / "b")) == {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["per expert", "fused"])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_int4_experts_are_those_that_training_computed_with(tmp_path, fused, group_size):
+    """Read back by compressed-tensors' rules and dequantised, the export gives the logits of the model in training."""
+    model = randomized(torch.bfloat16, hidden_size=96, moe_intermediate_size=64)
+    model.save_pretrained(tmp_path / "a", fused_experts=fused)
+    convert_checkpoint(tmp_path / "a", tmp_path / "int4", "int4", group_size=group_size)
+    stored, plain = tensors_of(tmp_path / "int4"), checkpoint_views(model)
+    packed = [name.removesuffix("_packed") for name in stored if name.endswith(".weight_packed")]
+    assert packed and all(".mlp.experts." in name for name in packed)
+    assert set(packed) == {name for name in plain if ".mlp.experts." in name}
+    for name, tensor in plain.items():
+        if name not in packed:
+            assert torch.equal(stored[name], tensor), name
+
+    read_back = Glm5ForCausalLM.from_pretrained(tmp_path / "a", attention="dense")
+    views = checkpoint_views(read_back)
+    for name in packed:
+        form = CompressedTensorsInt4(stored[name + "_packed"], stored[name + "_scale"], stored[name + "_shape"], None)
+        views[name].copy_(ops.dequantize_int4(*from_compressed_tensors(form)))
+    tokens = torch.arange(20)[None]
+    model.attention, model.int4_group_size = "dense", group_size
+    assert torch.equal(model(tokens).logits, read_back(tokens).logits)
+
+    config = json.loads((tmp_path / "int4/config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors" and config["format"] == "pack-quantized"
+    assert {"lm_head", "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.gate"} <= set(config["ignore"])
+    assert not any(".mlp.experts." in name for name in config["ignore"])
+    with pytest.raises(ValueError, match="quant_method 'compressed-tensors'"):
+        Glm5ForCausalLM.from_pretrained(tmp_path / "int4")
+    with pytest.raises(ValueError, match="int4_group_size is 48"):
+        convert_checkpoint(tmp_path / "a", tmp_path / "c", "int4", group_size=48)
+
+
 def test_bad_requests_are_named(tmp_path):
     randomized().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="form is 'gguf', want one of hf, native, fp8"):
+    with pytest.raises(ValueError, match="form is 'gguf', want one of hf, native, fp8, int4"):
         convert_checkpoint(tmp_path, tmp_path / "b", "gguf")
     with pytest.raises(ValueError, match="is the source itself"):
         convert_checkpoint(tmp_path, tmp_path, "native")

@@ -6,9 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from glm5 import Glm5ForCausalLM, ops
+from glm5.cli.main import main
 from glm5.model.int4 import quantized_experts
+from glm5.model.int4_formats import CompressedTensorsInt4, from_compressed_tensors
 from glm5.recipes import Recipe, RecipeError, StageRecipe
 from glm5.train import loop
 from glm5.train.run import build_model, load_run
@@ -215,3 +218,14 @@ def test_stage_by_stage_equals_all_at_once(uninterrupted, tmp_path):
         assert (model.attention, model.int4_group_size) == (form.attention, form.int4_group_size)
         assert model.config.rope_theta == (form.rope_theta or 1e6)
     assert final_state(tmp_path / "ladder", STAGES) == final_state(uninterrupted, STAGES)
+
+
+def test_a_run_that_learnt_int4_is_exported_as_it_learnt(uninterrupted, tmp_path, capsys):
+    assert main(["convert", str(uninterrupted), str(tmp_path / "int4"), "--to", "int4"]) == 0
+    stored = load_file(tmp_path / "int4" / "model.safetensors")
+    want = quantized_experts(load_run(uninterrupted), 32)
+    for name, weight in want.items():
+        form = CompressedTensorsInt4(*(stored[f"{name}.weight_{part}"] for part in ("packed", "scale", "shape")), None)
+        got = from_compressed_tensors(form)
+        assert torch.equal(got.packed, weight.packed) and torch.equal(got.scale, weight.scale), name
+    assert f"{next(iter(want))}.weight" not in stored

@@ -1,10 +1,12 @@
 """A checkpoint directory into another form, tensor by tensor: in memory are one shard that is read and one to be written.
 
 Forms: "hf", one tensor an expert and projection, as Transformers and the serving engines read it; "native", a layer's
-experts fused as they are in memory; "fp8", as "hf" with e4m3 weights and a scale for every 128 x 128 block.
+experts fused as they are in memory; "fp8", as "hf" with e4m3 weights and a scale for every 128 x 128 block; "int4", as "hf"
+with int4 weights in the routed experts (compressed-tensors "pack-quantized"), the bits that quantisation-aware training saw.
 """
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,10 +14,12 @@ import torch
 from glm5._files import TEMPORARY
 from glm5.model.causal_lm import Glm5ForCausalLM
 from glm5.model.fp8 import BLOCK, dequantize_fp8, quantize_fp8, scale_shape
+from glm5.model.int4 import quantized, want_group_size
+from glm5.model.int4_formats import to_compressed_tensors
 from glm5.model.pretrained import SCALE, Progress, check_copies, checkpoint_views, opened_checkpoint, write_config
 from glm5.model.safetensors_folder import INDEX, SafetensorsFolder, TensorToWrite, write_safetensors
 
-FORMS = ("hf", "native", "fp8")
+FORMS = ("hf", "native", "fp8", "int4")
 
 # What stays as it is in FP8: the head and the embedding, what decides choices, and the MTP layer's small projection.
 _NOT_QUANTISED = ("lm_head", "weights_proj", "mlp.gate", "eh_proj", "embed_tokens")
@@ -29,6 +33,7 @@ def convert_checkpoint(
     form: str,
     *,
     dtype: torch.dtype | None = None,
+    group_size: int = 32,
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress = lambda *_: None,
 ) -> None:
@@ -37,12 +42,13 @@ def convert_checkpoint(
     Args:
         source: a directory that ``Glm5ForCausalLM.from_pretrained`` reads.
         target: another directory.
-        form: "hf", "native" or "fp8".
-        dtype: of what is not FP8; None keeps each tensor's own, and dequantised weights take config.json's.
+        form: "hf", "native", "fp8" or "int4".
+        dtype: of what is not quantised; None keeps each tensor's own, and dequantised weights take config.json's.
+        group_size: for "int4", how many inputs of an expert's output share a scale: 32, 64, 128, or -1 for all.
         max_shard_bytes, progress: as in ``save_pretrained``.
 
     Raises:
-        ValueError: unknown form, target is source or no directory, or source cannot be read.
+        ValueError: unknown form, target is source or no directory, source cannot be read, or group_size divides no row.
         OSError: the disk is full or not writable; a checkpoint that was in target is still there.
     """
     source, target = Path(source), Path(target)
@@ -55,10 +61,14 @@ def convert_checkpoint(
     with opened_checkpoint(source, dtype, Glm5ForCausalLM) as (model, stored, extra):
         check_copies(model.config, stored)
         extra.pop("quantization_config", None)
-        tensors = _tensors(model, stored, form, dtype)
+        if form == "int4":
+            want_group_size(model.config, group_size)
+        tensors = _tensors(model, stored, form, dtype, group_size)
         if form == "fp8":
             kept = [n.removesuffix(".weight") for n in tensors if n.removesuffix(".weight").endswith(_NOT_QUANTISED)]
             extra["quantization_config"] = _QUANTISATION | {"modules_to_not_convert": kept}
+        elif form == "int4":
+            extra["quantization_config"] = _int4_quantisation(model, group_size)
         extra["dtype"] = str(model.model.norm.weight.dtype).removeprefix("torch.")
         write_safetensors(target, tensors, max_shard_bytes, progress)
         write_config(target, model.config, extra)
@@ -68,7 +78,28 @@ def convert_checkpoint(
             shutil.copyfile(path, target / path.name)
 
 
-def _tensors(model, stored: SafetensorsFolder, form: str, dtype: torch.dtype | None) -> dict[str, TensorToWrite]:
+def _int4_quantisation(model, group_size: int) -> dict:
+    """What compressed-tensors reads: every linear module that is not named is quantised."""
+    whole_row = {"strategy": "channel", "group_size": None}
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False}
+    weights |= whole_row if group_size == -1 else {"strategy": "group", "group_size": group_size}
+    linear = [n.removesuffix(".weight") for n, view in checkpoint_views(model).items() if view.dim() == 2]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+        "ignore": [name for name in linear if not _is_routed_expert(name)],
+    }
+
+
+def _is_routed_expert(name: str) -> bool:
+    return ".mlp.experts." in name
+
+
+def _tensors(
+    model, stored: SafetensorsFolder, form: str, dtype: torch.dtype | None, group_size: int
+) -> dict[str, TensorToWrite]:
     read = _Reader(model, stored)
     tensors = {}
     for name, view in checkpoint_views(model, fused_experts=form == "native").items():
@@ -77,6 +108,14 @@ def _tensors(model, stored: SafetensorsFolder, form: str, dtype: torch.dtype | N
         if quantised:
             tensors[name] = TensorToWrite(shape, torch.float8_e4m3fn, lambda n=name: read.fp8(n)[0])
             tensors[name + SCALE] = TensorToWrite(scale_shape(shape), torch.float32, lambda n=name: read.fp8(n)[1])
+            continue
+        if form == "int4" and _is_routed_expert(name):
+            rows, columns = shape
+            groups = 1 if group_size == -1 else columns // group_size
+            parts = {"packed": ((rows, -(-columns // 8)), torch.int32), "scale": ((rows, groups), torch.float32)}
+            for part, (size, kind) in (parts | {"shape": ((2,), torch.int64)}).items():
+                read_part = partial(read.int4, name, dtype or read.dtype(name), group_size, f"weight_{part}")
+                tensors[f"{name}_{part}"] = TensorToWrite(size, kind, read_part)
             continue
         own = view.dtype if name.endswith("e_score_correction_bias") else dtype or read.dtype(name)
         tensors[name] = TensorToWrite(shape, own, lambda n=name, d=own: read.full(n, d))
@@ -130,6 +169,13 @@ class _Reader:
                 pair = quantize_fp8(self.full(name, torch.float32))
             self._last = name, pair
         return self._last[1]
+
+    def int4(self, name: str, dtype: torch.dtype, group_size: int, part: str) -> torch.Tensor:
+        """One tensor of an expert's int4 weight, which is quantised from ``dtype``, in which training computes."""
+        if self._last is None or self._last[0] != name:
+            weight = quantized(self.full(name, dtype), group_size)
+            self._last = name, to_compressed_tensors(weight, scale_dtype=torch.float32)
+        return getattr(self._last[1], part)
 
     def _parts(self, name: str) -> list[tuple]:
         """Where a tensor is that is not stored under its own name: [(fused name, (expert, rows))] or [(name, part), ...]."""
