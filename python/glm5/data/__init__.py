@@ -2,6 +2,7 @@
 
 from glm5.data.batches import Batch, PackedDataset
 from glm5.data.bpe import BpeTokenizer, train_bpe
+from glm5.data.chat import ChatError, ChatTemplate
 from glm5.data.corpus import Corpus, CorpusError, python_stdlib
 from glm5.data.shards import DataError, DataFolder, DataWriter, open_data
 from glm5.data.text import load_tokenizer
@@ -11,6 +12,8 @@ __all__ = [
     "Batch",
     "BpeTokenizer",
     "ByteTokenizer",
+    "ChatError",
+    "ChatTemplate",
     "Corpus",
     "CorpusError",
     "DataError",
