@@ -2,6 +2,9 @@
 // one head of one query, so that few heads fill a tile with several queries. Dot products go to a buffer in cache, from which
 // the weighted relu sums run in the order 0, 1, ..., H-1 while the tile unit works on the next rows. An element of a tile
 // product is the same sum in the same order wherever in the tile it lies (row invariance).
+//
+// Of few rows of q (decoding) keys are the left operand, so that tiles read them where they lie and nothing is packed: one
+// step of a product is the same in either order.
 #pragma once
 
 #define GLM5_INDEXER_STEP_BLOCK 16
@@ -141,6 +144,153 @@ void weigh_range(const D* dots, const float* weights, int64_t num_heads, int64_t
   }
 }
 
+// Few rows of q as right operands, and their products with 32 keys: twice, so that one can be written while the other is
+// read.
+constexpr int64_t kFewRows = 128, kTileWords = 256;
+constexpr int kFetchEvery = 4;  // lines: the hardware brings those between
+
+struct FewRows {
+  const LightningIndexerArgs& a;
+  int64_t q0, count, steps, row_tiles;
+  uint32_t* tiles;  // [row_tiles][steps / 16] tiles of 16 pairs of dims x 16 rows
+  float* dots[2];  // [2 blocks of 16 keys][row_tiles] tiles of 16 keys x 16 rows
+
+  // Whether queries [t0, t1) are few, and heads whole tiles.
+  template <class T>
+  static bool fit(const LightningIndexerArgs& a, int64_t t0, int64_t t1) {
+    return !TileProduct<T>::kInteger && (t1 - t0) * a.num_heads <= kFewRows && a.num_heads > 0 && a.num_heads % 16 == 0 &&
+           a.dim % 32 == 0;
+  }
+
+  // rows: those queries' heads, one after the other, in pairs.
+  FewRows(const LightningIndexerArgs& args, int64_t t0, int64_t t1, const uint32_t* rows)
+      : a(args), q0(t0), count(t1 - t0), steps(args.dim / 2), row_tiles(count * args.num_heads / 16) {
+    tiles = static_cast<uint32_t*>(thread_scratch(6, sizeof(float) * kTileWords * row_tiles * (steps / 16 + 4)));
+    dots[0] = reinterpret_cast<float*>(tiles + row_tiles * steps / 16 * kTileWords);
+    dots[1] = dots[0] + 2 * row_tiles * kTileWords;
+    for (int64_t j = 0; j < row_tiles; ++j)
+      for (int64_t s = 0; s < steps; s += 16) {
+        __m512i r[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows + (16 * j + i) * steps + s);
+        transpose16(r);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(tiles + (j * steps + s) * 16 + i * 16, r[i]);
+      }
+  }
+
+  // Fetches the i-th KiB of 16 keys from k0 and 16 from k1, in order, so that the hardware's prefetchers see a stream.
+  GLM5_INLINE void fetch(const bf16* k0, const bf16* k1, int64_t i) const {
+    const int64_t of_block = a.dim / 32;
+    const char* from = reinterpret_cast<const char*>(i < of_block ? k0 : k1) + (i < of_block ? i : i - of_block) * 1024;
+#pragma GCC unroll 16
+    for (int line = 0; line < 16; line += kFetchEvery) __builtin_prefetch(from + line * 64, 0, 2);
+  }
+
+  // Products of 16 keys from k0 and 16 from k1 with all rows. Meanwhile the keys from next0 and next1 are fetched.
+  void multiply_keys(const bf16* k0, const bf16* k1, const bf16* next0, const bf16* next1, float* out) const {
+    stores_are_done();
+    for (int64_t j = 0; j < row_tiles; j += 2) {
+      // Of an odd number the last one twice: the same products, stored twice.
+      const int64_t second = min_of(j + 1, row_tiles - 1), across = row_tiles * kTileWords;
+      const uint32_t *b0 = tiles + j * steps * 16, *b1 = tiles + second * steps * 16;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t s = 0; s < steps; s += 16) {
+        _tile_loadd(4, k0 + 2 * s, a.dim * 2);
+        _tile_loadd(6, b0 + s * 16, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b1 + s * 16, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, k1 + 2 * s, a.dim * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        if (j == 0 && next0) {
+          fetch(next0, next1, 2 * (s / 16));
+          fetch(next0, next1, 2 * (s / 16) + 1);
+        }
+      }
+      _tile_stored(0, out + j * kTileWords, 64);
+      _tile_stored(1, out + second * kTileWords, 64);
+      _tile_stored(2, out + j * kTileWords + across, 64);
+      _tile_stored(3, out + second * kTileWords + across, 64);
+    }
+  }
+
+  // scores[query][key] of those 32 keys, queries being kTileKeys apart.
+  void weigh_keys(const float* products, float* scores) const {
+    const int64_t tiles_of_query = a.num_heads / 16;
+    for (int64_t block = 0; block < 2; ++block)
+      for (int64_t t = 0; t < count; ++t) {
+        const float* weights = static_cast<const float*>(a.weights) + (q0 + t) * a.num_heads;
+        F total = splat<F>(0);
+        for (int64_t j = 0; j < tiles_of_query; ++j, products += kTileWords, weights += 16) {
+          __m512i r[16];
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(products + i * 16);
+          transpose16(r);
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i)
+            total = fma(splat<F>(weights[i]), max(splat<F>(0), F{_mm512_castsi512_ps(r[i])}), total);  // relu(NaN) is NaN
+        }
+        store(scores + t * kTileKeys + block * 16, total);
+      }
+  }
+
+  // The same for the 64 keys of a tile, 16 from each place.
+  void score_tile(const bf16* const (&places)[4], const bf16* const (&next)[4], float* scores) const {
+    GLM5_COUNT_PATH("lightning_indexer: keys where they lie");
+    multiply_keys(places[0], places[1], next[0], next[1], dots[0]);
+    multiply_keys(places[2], places[3], next[2], next[3], dots[1]);
+    weigh_keys(dots[0], scores);
+    weigh_keys(dots[1], scores + 32);
+  }
+};
+
+// Where the keys [tile, tile + kTileKeys) lie, 16 and 16 one after the other; all null if they do not, or are not all within
+// [low, high).
+template <class T>
+void find_blocks(const LightningIndexerArgs& a, int64_t tile, int64_t low, int64_t high, const T* (&places)[4]) {
+  for (int b = 0; b < 4; ++b) places[b] = nullptr;
+  if (tile < low || tile + kTileKeys > high) return;
+  const LightningIndexerPages& pages = a.pages;
+  const T* found[4];
+  for (int64_t b = 0; b < 4; ++b) {
+    const int64_t s = tile + 16 * b;
+    found[b] = static_cast<const T*>(a.k) + s * a.dim;
+    if (!pages.table) continue;
+    if (pages.page_size % 16) return;
+    const int64_t page = pages.table[s / pages.page_size];
+    if (page < 0 || page >= pages.num_pages) return;
+    const char* begin = static_cast<const char*>(a.k) + page * pages.page_bytes;
+    found[b] = reinterpret_cast<const T*>(begin) + s % pages.page_size * a.dim;
+  }
+  for (int b = 0; b < 4; ++b) places[b] = found[b];
+}
+
+// Scores of few queries in bf16 with the keys from *tile on, tile by tile, until one does not lie as find_blocks wants it;
+// *tile is then that one.
+inline void score_few(const LightningIndexerArgs& a, const FewRows& few, int64_t q0, int64_t q1, int64_t first, int64_t low,
+                      int64_t high, int64_t* tile, float* scores, int64_t stride) {
+  const bf16 *places[4], *next[4];
+  alignas(64) float tile_scores[kFewRows / 16 * kTileKeys];
+  find_blocks<bf16>(a, *tile, low, high, next);
+  while (next[0]) {
+    for (int b = 0; b < 4; ++b) places[b] = next[b];
+    find_blocks<bf16>(a, *tile + kTileKeys, low, high, next);
+    few.score_tile(places, next, tile_scores);
+    for (int64_t t = q0; t < q1; ++t) {
+      const int64_t begin = max_of(a.ks[t], *tile), end = min_of(a.ke[t], *tile + kTileKeys);
+      if (begin < end)
+        std::memcpy(scores + (t - q0) * stride + begin - first, tile_scores + (t - q0) * kTileKeys + begin - *tile,
+                    sizeof(float) * (end - begin));
+    }
+    *tile += kTileKeys;
+  }
+}
+
 template <class T>
 void score_block(const LightningIndexerArgs& a, int64_t q0, int64_t q1, int64_t first, int64_t last, Real<T>* scores,
                  int64_t stride) {
@@ -154,7 +304,13 @@ void score_block(const LightningIndexerArgs& a, int64_t q0, int64_t q1, int64_t 
   TileKeys<T> keys(a);
   alignas(64) float tile_scores[kTileKeys];
   configure_tiles();
+  const bool has_few = sizeof(T) == 2 && FewRows::fit<T>(a, q0, q1);
+  const FewRows few(a, q0, has_few ? q1 : q0, reinterpret_cast<const uint32_t*>(rows.data));
   for (int64_t tile = low / kTileKeys * kTileKeys; tile < high; tile += kTileKeys) {
+    if constexpr (sizeof(T) == 2) {
+      if (has_few) score_few(a, few, q0, q1, first, low, high, &tile, scores, stride);
+      if (tile >= high) break;
+    }
     keys.pack(tile, low, high, scratch.keys);
     const int64_t tile_end = min_of(tile + kTileKeys, last);
     const auto finish = [&](int64_t g0, const Dot<T>* dots) {

@@ -105,11 +105,11 @@ R log_sum_exp(const R* row, int64_t n) {
 template <class T>
 void topk(const LightningIndexerArgs& a) {
   using R = Real<T>;
-  const auto finish = [&](int64_t t, const R* row, int64_t first) {
+  const auto finish = [&](int64_t t, const R* row, int64_t first, bool chooses = true, bool sums = true) {
     const int64_t n = max_of(a.ke[t] - a.ks[t], 0);
     const R* mine = row + (n ? a.ks[t] - first : 0);
-    select_topk(mine, n, a.topk, a.ks[t], a.chosen + t * a.topk);
-    static_cast<R*>(a.lse)[t] = log_sum_exp(mine, n);
+    if (chooses) select_topk(mine, n, a.topk, a.ks[t], a.chosen + t * a.topk);
+    if (sums) static_cast<R*>(a.lse)[t] = log_sum_exp(mine, n);
   };
   const int64_t blocks = (a.num_queries + kBlockQueries - 1) / kBlockQueries;
   if (num_threads() > 1 && blocks < 2 * num_threads()) {
@@ -127,7 +127,10 @@ void topk(const LightningIndexerArgs& a) {
         const int64_t first = low + task / strips * kBlockKeys, last = min_of(first + kBlockKeys, high);
         score_block<T>(a, q0, q1, first, last, scores + (q0 - begin) * stride + first - low, stride);
       });
-      parallel_tasks(end - begin, [&](int64_t row) { finish(begin + row, scores + row * stride, low); });
+      // Choosing and summing apart, so that one row has work for two threads.
+      parallel_tasks(2 * (end - begin), [&](int64_t task) {
+        finish(begin + task / 2, scores + task / 2 * stride, low, task % 2 == 0, task % 2 == 1);
+      });
     }
     return;
   }

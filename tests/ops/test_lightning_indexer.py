@@ -75,7 +75,8 @@ class TestBothOps:
 @DTYPES
 @pytest.mark.parametrize("heads", [1, 3, 16, 17, 31, 64, 128])
 def test_a_score_does_not_depend_on_which_queries_share_a_block(isa, dtype, heads):
-    assert_queries_may_share_any_block(ops.lightning_indexer_logits, draw_inputs(dtype, 35, 70, heads, 33))
+    for keys, dim in ((70, 33), (150, 64)):
+        assert_queries_may_share_any_block(ops.lightning_indexer_logits, draw_inputs(dtype, 35, keys, heads, dim))
 
 
 @DTYPES
@@ -102,6 +103,8 @@ def test_every_microkernel_and_tail_runs(isa):
             q, k, k_scale, weights = draw_inputs(dtype, queries, 200, heads, 8)
             ops.lightning_indexer_logits(q, k, k_scale, weights, int32([0] * queries), int32([200 - 64] * queries))
             ops.lightning_indexer_logits(q, k, k_scale, weights, int32([5] * queries), int32([200] * queries))
+        q, k, _, weights = draw_inputs(torch.bfloat16, 1, 200, 16, 32)
+        ops.lightning_indexer_logits(q, k, None, weights, int32([0]), int32([200]))
         q, k, _, weights = draw_inputs(torch.float32, 2, 200, 5, 40)
         whole = ops.lightning_indexer_logits(q, k, None, weights, int32([0] * 2), int32([200] * 2))
         part = ops.lightning_indexer_logits(q, k[130:147], None, weights, int32([0] * 2), int32([17] * 2))
@@ -110,7 +113,7 @@ def test_every_microkernel_and_tail_runs(isa):
     names += ["keys packed in squares"] if isa != "portable" else []
     if isa == "amx":
         names += ["whole tiles of rows", "overlapping tiles of rows", "less than a tile of rows"]
-        names += ["four vectors of keys", "single vectors of keys"]
+        names += ["four vectors of keys", "single vectors of keys", "keys where they lie"]
     assert [name for name in names if not paths.get(f"lightning_indexer: {name}")] == []
 
 
@@ -414,14 +417,16 @@ def test_many_queries_of_a_long_sequence_in_pages(isa, form):
         assert all(same_bits(g[first], w) for g, w in zip(got, want, strict=True))
 
 
-def test_gaps_between_the_windows_of_neighbours_are_not_read(isa):
+@pytest.mark.parametrize(("page_size", "heads", "dim"), [(7, 4, 40), (16, 16, 64)])
+def test_gaps_between_the_windows_of_neighbours_are_not_read(isa, page_size, heads, dim):
     """Two queries of one sequence see its ends; the pages between are gone."""
-    layout = indexer_layout(7, "bf16", shared=0)
+    layout = indexer_layout(page_size, "bf16", shared=0, dim=dim)
     k, _ = layout.keys(3)
     table = layout.pages.block_table
-    table[3, 2:40] = int32([-1, 2**31 - 1, -7] * 12 + [5, 2])
+    gone = slice(2, 280 // page_size)
+    table[3, gone] = int32(([-1, 2**31 - 1, -7] * 14)[gone])
     ks, ke = int32([0, 290]), int32([10, 300])
-    q, weights = torch.randn(2, 4, 40).bfloat16(), torch.randn(2, 4)
+    q, weights = torch.randn(2, heads, dim).bfloat16(), torch.randn(2, heads)
     args = q, weights, layout.pages.cache, table, int32([3, 3])
     for count in (1, 2):
         with properties.threads(count):
