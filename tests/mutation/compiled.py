@@ -206,6 +206,55 @@ FAULTS = (
         also=("empty",), why="of a pool without pages every slot is -1",
     ),
     Fault(
+        "scale of the block before", "latent_cache_read", "accuracy", "csrc/cache/cpu.cpp",
+        "std::memcpy(&scale, scales + 4 * b, 4);", "std::memcpy(&scale, scales + 4 * (FAULT && b ? b - 1 : b), 4);",
+    ),
+    Fault(
+        "scale of a block dropped", "latent_cache_write", "accuracy", "csrc/cache/cpu.cpp",
+        "std::memcpy(scales + 4 * b, &scale, 4);",
+        "const float kept = FAULT ? 1.f : scale;\n      std::memcpy(scales + 4 * b, &kept, 4);",
+    ),
+    Fault(
+        "strides of rows ignored", "latent_cache_write", "strides", "csrc/cache/binding.cpp",
+        "const Tensor rows = as_contiguous(rows_in), slots",
+        "const Tensor rows = FAULT ? rows_in : as_contiguous(rows_in), slots",
+    ),
+    Fault(
+        "of two rows in a slot the earlier stays", "indexer_cache_write", "accuracy", "csrc/cache/cpu.cpp",
+        """for (int64_t i = 0; i < a.num_rows; ++i) {
+      const int64_t slot = a.slots[i];""",
+        """for (int64_t n = 0; n < a.num_rows; ++n) {
+      const int64_t i = FAULT ? a.num_rows - 1 - n : n, slot = a.slots[i];""",
+    ),
+    Fault(
+        "scale of FP8 keys dropped", "lightning_indexer_topk_paged", "accuracy", "csrc/lightning_indexer/tile.h",
+        "if (there) std::memcpy(place.scales + i, scale_of, 4);",
+        "if (there && FAULT) place.scales[i] = 1;\n          else if (there) std::memcpy(place.scales + i, scale_of, 4);",
+    ),
+    Fault(
+        "tail page one key short", "lightning_indexer_topk_paged", "accuracy", "csrc/lightning_indexer/tile.h",
+        "const int64_t count = max_of(min_of(kTileKeys, high - tile), 0);",
+        "const int64_t count = max_of(min_of(kTileKeys, high - tile - (FAULT && high % pages.page_size)), 0);",
+        also=("row_invariance", "ties"), why="the tail is that of the longest query of a block; its last key is not chosen",
+    ),
+    Fault(
+        "last place of a page is the one before", "sparse_mla_paged", "accuracy", "csrc/sparse_mla/paged.h",
+        "slots[i] = static_cast<int32_t>(pages[entry] * size + (s - entry * size));",
+        """const int64_t place = s - entry * size;
+      slots[i] = static_cast<int32_t>(pages[entry] * size + (FAULT && place && place == size - 1 ? place - 1 : place));""",
+    ),
+    Fault(
+        "page before at the first place of a page", "mla_attention_paged", "accuracy", "csrc/common/pages.h",
+        "const int64_t page = table_row[s / page_size];",
+        "const int64_t page = table_row[(FAULT && s && s % page_size == 0 ? s - 1 : s) / page_size];",
+    ),
+    Fault(
+        "block table row of another sequence", "mla_attention_paged", "accuracy", "csrc/mla_attention/paged.h",
+        "slots.push_back(table.slot(run.table, s));",
+        "slots.push_back(table.slot(FAULT ? runs[begin].table : run.table, s));",
+        also=("row_invariance",), why="it is that of the first sequence of the batch",
+    ),
+    Fault(
         "a node counts a token twice", "moe_dispatch_layout", "accuracy", "csrc/moe/layout.cpp",
         "if (last_token[node] == t) continue;", "if (last_token[node] == t && !FAULT) continue;",
     ),
