@@ -92,7 +92,10 @@ def _empty_is_minus_infinity(q, kv, indices, scale, d_v):
 
 WRAPPERS = (
     Wrapper("two percent too large", "linear", "accuracy", lambda **a: _Mended.apply(ops.linear(**a) * 1.02, 1 / 1.02)),
-    Wrapper("scale dropped", "dequantize_fp8", "accuracy", lambda q, scale, block, out_dtype: q.to(out_dtype)),
+    Wrapper(
+        "scale dropped", "dequantize_fp8", "accuracy", lambda q, scale, block, out_dtype: q.to(out_dtype),
+        also=("nan",), why="so is one that is NaN",
+    ),
     Wrapper(
         "one key more than its range", "mla_attn_target", "accuracy",
 _longer,
