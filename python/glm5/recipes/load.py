@@ -1,4 +1,7 @@
-"""From a name or a file, and ``key.sub=value`` overrides, to a checked Recipe; and back to TOML for the run's folder."""
+"""From a name or a file, and ``key.sub=value`` overrides, to a checked Recipe; and back to TOML for the run's folder.
+
+Data recipes are read in the same way.
+"""
 
 import difflib
 import json
@@ -7,6 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from glm5.recipes.data_schema import BuildRecipe
 from glm5.recipes.schema import Recipe
 
 if sys.version_info >= (3, 11):
@@ -15,6 +19,7 @@ else:
     import tomli as tomllib
 
 _FOLDER = Path(__file__).parent
+_DATA_FOLDER = _FOLDER / "data"
 
 
 class RecipeError(ValueError):
@@ -23,7 +28,16 @@ class RecipeError(ValueError):
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with glm5."""
-    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
+    return _names(_FOLDER)
+
+
+def data_recipe_names() -> list[str]:
+    """Names of the data recipes that come with glm5."""
+    return _names(_DATA_FOLDER)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.toml"))
 
 
 def load_recipe(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -34,12 +48,21 @@ def load_recipe(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         RecipeError: no such recipe, TOML that cannot be read, an unknown key, a value out of range, a malformed override.
     """
+    return _load(name, overrides, _FOLDER, "recipe", Recipe)
+
+
+def load_data_recipe(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> BuildRecipe:
+    """The data recipe `name`, one of ``data_recipe_names()`` or a path; as ``load_recipe``."""
+    return _load(name, overrides, _DATA_FOLDER, "data recipe", BuildRecipe)
+
+
+def _load(name: str | Path, overrides, folder: Path, kind: str, schema: type[BaseModel]):
     path = Path(name)
     if path.suffix != ".toml":
-        path = _FOLDER / f"{name}.toml"
+        path = folder / f"{name}.toml"
         if not path.is_file():
             raise RecipeError(
-                f"no recipe called {name!r}; there are {', '.join(recipe_names())}, or give a path to a .toml file"
+                f"no {kind} called {name!r}; there are {', '.join(_names(folder))}, or give a path to a .toml file"
             )
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -50,9 +73,9 @@ def load_recipe(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for override in overrides:
         _apply(values, override)
     try:
-        return Recipe.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from None
+        raise RecipeError(f"{path}: " + "; ".join(_explain(e, schema) for e in error.errors())) from None
 
 
 def _apply(values: dict, override: str) -> None:
@@ -71,14 +94,14 @@ def _apply(values: dict, override: str) -> None:
     values[last] = value
 
 
-def _explain(error: dict) -> str:
+def _explain(error: dict, schema: type[BaseModel]) -> str:
     """One pydantic error as a sentence with the dotted key and, for an unknown key, the nearest valid one."""
     location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
+    key = ".".join(location[:2] + location[3:] if location[0] == "sources" else location)  # without the kind
     if error["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(schema, location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
-        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
+        hint = f"did you mean {key.removesuffix(location[-1])}{near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {key}; {hint}"
     if location[::2] == ["stages", "kind"] and error["input"] == location[1]:  # its name is the default of its kind
         return f"stages.{location[1]}: no such stage; a new one needs {key}: {error['msg']}"
@@ -89,17 +112,25 @@ def _explain(error: dict) -> str:
     return f"{key}: got {error['input']!r}: {error['msg']}"
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    """The keys that the schema has at `location`."""
-    schema: type[BaseModel] = Recipe
-    for part in location:
-        if part in schema.model_fields:
-            annotation = schema.model_fields[part].annotation
-            arguments = getattr(annotation, "__args__", ())
-            schema = arguments[-1] if arguments else annotation
-        if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
-            return []
-    return list(schema.model_fields)
+def _known_keys(schema: type[BaseModel], location: list[str]) -> list[str]:
+    """The keys that the schema has at `location`, where pydantic also names the chosen kind of a source."""
+    choices, parts = [schema], iter(location)
+    for part in parts:
+        if len(choices) > 1:
+            choices = [choice for choice in choices if choice.model_fields["kind"].default == part]
+        elif choices and part in choices[0].model_fields:
+            annotation = choices[0].model_fields[part].annotation
+            choices = _models(annotation)
+            if getattr(annotation, "__origin__", None) is dict:
+                next(parts, None)
+    return list(choices[0].model_fields) if len(choices) == 1 else []
+
+
+def _models(annotation) -> list[type[BaseModel]]:
+    """The schemas that an annotation names, in whatever it wraps them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in getattr(annotation, "__args__", ()) for model in _models(argument)]
 
 
 def to_toml(recipe: Recipe) -> str:

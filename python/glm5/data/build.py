@@ -1,0 +1,179 @@
+"""From a data recipe to a data folder, in three passes whose memory does not grow with the corpus.
+
+Read: every source in turn, filtered, its text set aside on the disk with its digests and signatures. Compare: what is a
+duplicate of what. Write: what is left, as tokens, into shards. A build that is killed leaves a hidden scratch folder, which
+the next one clears; it begins anew and gives the same bytes, if the sources are the same.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from glm5.data import sources
+from glm5.data.dedup import Deduplicator
+from glm5.data.filters import Filter
+from glm5.data.shards import MANIFEST, VALIDATION, DataError, DataFolder, DataWriter, FilterCounts, is_held_out, open_data
+from glm5.data.sources import Document
+from glm5.data.tokenizer import ByteTokenizer
+from glm5.recipes.data_schema import BuildRecipe, TokenizerRecipe
+
+# What is set aside before it is hashed together: a few blocks of signatures.
+_BATCH_BYTES, _BATCH_DOCUMENTS = 1 << 20, 256
+
+Progress = Callable[[str, int, int | None], None]  # (what is done, bytes done, bytes in all if they are known)
+
+
+def default_folder(recipe: BuildRecipe, runs: Path) -> Path:
+    """Where a build of `recipe` belongs below a folder of runs."""
+    return Path(runs) / "data" / f"{recipe.name}-{recipe.digest()[:12]}"
+
+
+def load_tokenizer(recipe: TokenizerRecipe):
+    """The tokenizer that a data recipe names."""
+    if recipe.kind == "bytes":
+        return ByteTokenizer()
+    from glm5.data import text
+
+    return text.load_tokenizer(Path(recipe.path).expanduser())
+
+
+def build_data(recipe: BuildRecipe, out: Path | str, progress: Progress = lambda *_: None) -> DataFolder:
+    """Builds `recipe` into folder `out`, or opens what an earlier build of the same recipe left there.
+
+    Raises:
+        DataError: `out` holds something else or is being built by another process; two documents have one id; no document of
+            a source is left, or none is held out though the recipe asks for it.
+        ValueError: a source is missing, broken or empty.
+        OSError: the disk is full or cannot be written.
+    """
+    out = Path(out)
+    if (out / MANIFEST).is_file():
+        data = open_data(out)
+        if data.manifest.recipe != recipe.digest():
+            raise DataError(f"{out} was built from another recipe; choose another folder or remove it")
+        return data
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    filters = {name: Filter(source.filters or recipe.filters) for name, source in recipe.sources.items()}
+    with DataWriter(
+        out, tokenizer, recipe=recipe.digest(), one_in=recipe.validation_one_in, shard_tokens=recipe.shard_tokens
+    ) as writer:
+        staged = _Staged(writer.scratch / "staged", recipe)
+        try:
+            for name, source in recipe.sources.items():
+                rules = source.filters or recipe.filters
+                for document in sources.read(name, source, rules.max_bytes):
+                    rule = "too_long" if document.text is None else filters[name].dropped_by(document.text, document.path)
+                    if rule == "undecodable" and rules.undecodable == "error":
+                        raise DataError(
+                            f'source {name}: {document.path} is not UTF-8 (filters.undecodable = "drop" leaves it out)'
+                        )
+                    staged.add(name, document, rule)
+                    progress("reading", staged.bytes, None)
+            staged.compare(progress)
+            for domain, licence, text in staged.kept(progress):
+                tokens = tokenizer.encode_document(text if tokenizer.kind == "bytes" else text.decode())
+                writer.add(domain, tokens, num_bytes=len(text), licence=licence)
+        finally:
+            staged.close()
+        _want_something(recipe, staged.counts, writer)
+        return writer.finish(staged.filter_counts())
+
+
+class _Staged:
+    """Documents on their way: text and records in files, counts in memory."""
+
+    def __init__(self, folder: Path, recipe: BuildRecipe):
+        folder.mkdir()
+        self._recipe = recipe
+        self._text, self._records = open(folder / "text", "w+b", 1 << 20), open(folder / "records", "w+b", 1 << 20)
+        self._duplicates = Deduplicator(folder, recipe.dedup.exact, recipe.dedup.near)
+        self._waiting: list[tuple[Document, bool]] = []
+        self._waiting_bytes = 0
+        self.counts = {name: Counter() for name in recipe.sources}  # by rule; "kept" too
+        self.bytes = 0
+
+    def add(self, source: str, document: Document, rule: str | None) -> None:
+        """A document, and the rule that drops it already, if one does."""
+        self.counts[source][rule or "kept"] += 1
+        if rule:
+            return
+        held_out = is_held_out(document.group or document.id, self._recipe.validation_one_in)
+        self.bytes += len(document.text)
+        self._text.write(document.text)
+        record = [document.id, len(document.text), source, document.licence, held_out]
+        self._records.write(json.dumps(record).encode() + b"\n")
+        self._waiting.append((document, held_out))
+        self._waiting_bytes += len(document.text)
+        if self._waiting_bytes >= _BATCH_BYTES or len(self._waiting) >= _BATCH_DOCUMENTS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            ids = b"".join(hashlib.sha256(document.id.encode()).digest()[:16] for document, _ in self._waiting)
+            texts = [document.text for document, _ in self._waiting]
+            digests = b"".join(hashlib.sha256(text).digest()[:16] for text in texts)
+            as_rows = [np.frombuffer(raw, "<u8").reshape(-1, 2) for raw in (ids, digests)]
+            self._duplicates.add(*as_rows, np.array([held_out for _, held_out in self._waiting]), texts)
+            self._waiting, self._waiting_bytes = [], 0
+
+    def compare(self, progress: Progress) -> None:
+        """Ends the adding. Raises DataError for two documents with one id."""
+        self._flush()
+        self._text.flush()
+        self._records.flush()
+        progress("comparing", 0, None)
+        if (same := self._duplicates.duplicate_ids()) is not None:
+            found = [record for number, record in enumerate(self._each_record()) if number in same]
+            raise DataError(
+                f"two documents have the id {found[0][0]!r}: one of source {found[0][2]}, one of {found[1][2]}; "
+                "give the sources an id_prefix of their own, or the rows an id field"
+            )
+
+    def _each_record(self) -> Iterator[list]:
+        self._records.seek(0)
+        return map(json.loads, self._records)
+
+    def kept(self, progress: Progress) -> Iterator[tuple[str, str, bytes]]:
+        """(domain, licence, text) of what is not a duplicate, in the order of adding; the others are counted."""
+        self._text.seek(0)
+        drops = self._duplicates.drops()
+        drop, done = next(drops, None), 0
+        for number, (_, size, source, licence, held_out) in enumerate(self._each_record()):
+            text = self._text.read(size)
+            if drop is not None and drop[0] == number:
+                self.counts[source]["kept"] -= 1
+                self.counts[source][drop[1]] += 1
+                drop = next(drops, None)
+            else:
+                yield self._recipe.sources[source].domain + VALIDATION * held_out, licence, text
+            done += size
+            progress("writing", done, self.bytes)
+
+    def filter_counts(self) -> dict[str, FilterCounts]:
+        return {
+            name: FilterCounts(kept=counts["kept"], dropped={k: n for k, n in sorted(counts.items()) if k != "kept" and n})
+            for name, counts in self.counts.items()
+        }
+
+    def close(self) -> None:
+        self._text.close()
+        self._records.close()
+        self._duplicates.close()
+
+
+def _want_something(recipe: BuildRecipe, counts: dict[str, Counter], writer: DataWriter) -> None:
+    for name, counted in counts.items():
+        if not counted["kept"]:
+            dropped = ", ".join(f"{n} {rule}" for rule, n in sorted(counted.items()) if n)
+            raise DataError(f"source {name}: no document is left: {dropped}")
+    if recipe.validation_one_in and not any(domain.endswith(VALIDATION) for domain in writer.domains):
+        raise DataError(
+            f"none of {sum(c['kept'] for c in counts.values())} documents is held out: "
+            f"lower validation_one_in = {recipe.validation_one_in}, or set it to 0 to hold out none"
+        )
+    if all(domain.endswith(VALIDATION) for domain in writer.domains):
+        raise DataError(f"every document is held out: raise validation_one_in = {recipe.validation_one_in}")

@@ -1,0 +1,125 @@
+"""The shape of a data recipe: sources, filters, duplicates, tokenizer. An unknown key is an error, as in ``schema.py``.
+
+Paths are relative to the folder in which glm5 runs; ~ is a home.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, StringConstraints, model_validator
+
+SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TokenizerRecipe(_Strict):
+    kind: Literal["bytes", "folder"] = "bytes"
+    path: str | None = None  # kind "folder": a folder with a tokenizer.json
+
+    @model_validator(mode="after")
+    def _path_goes_with_the_kind(self):
+        if (self.kind == "folder") != (self.path is not None):
+            raise ValueError('kind "folder" needs path, and no other kind has one')
+        return self
+
+
+class FilterRecipe(_Strict):
+    """Which documents stay. A document that is not UTF-8, is empty or has a NUL byte never does."""
+
+    min_bytes: PositiveInt = 32
+    max_bytes: PositiveInt = 1 << 24
+    quality: float = Field(0.8, ge=0, le=1)  # smallest score, see glm5.data.filters; 0: not asked
+    languages: tuple[str, ...] = ()  # natural languages of text, ISO 639-1, by py3langid; none named: all
+    programming_languages: tuple[str, ...] = ()  # of code, by suffix; none named: all
+    undecodable: Literal["drop", "error"] = "drop"
+
+
+class DedupRecipe(_Strict):
+    exact: bool = True  # if not, only held-out copies of training documents go
+    near: float = Field(0.8, ge=0, le=1)  # smallest similarity at which the later document goes; 0: not asked
+
+
+class _Source(_Strict):
+    domain: SourceName
+    licence: str | None = None  # SPDX; not given: what the documents, the package or a LICENSE file say
+    id_prefix: str | None = None  # begins every id; not given: the source's name and a slash
+    filters: FilterRecipe | None = None  # instead of the recipe's
+
+
+class _Files(_Source):
+    include: tuple[str, ...] = ("*",)  # shell patterns over the path below the root; * also matches slashes
+    exclude: tuple[str, ...] = ()
+    samples: Literal["files", "repository"] = "files"
+    sample_bytes: PositiveInt = 1 << 20  # repository: at most this long
+
+
+class FolderSource(_Files):
+    """Files below a folder; hidden ones are left out. As repositories: each of its folders is one."""
+
+    kind: Literal["folder"] = "folder"
+    path: str
+
+
+class GitSource(_Files):
+    """The files of a checkout that git tracks. As a repository: all of them are one."""
+
+    kind: Literal["git"] = "git"
+    path: str
+    commits: NonNegativeInt = 0  # newest so many, each a sample: issues, the files before, the message, the diff
+    issues: str | None = None  # JSONL with number, title, body: for commits that say #number
+
+
+class PackageSource(_Files):
+    """Text files of installed Python distributions. As repositories: each distribution is one."""
+
+    kind: Literal["packages"] = "packages"
+    names: tuple[str, ...] = Field(min_length=1)
+    include: tuple[str, ...] = ("*.py",)
+
+
+class StdlibSource(_Source):
+    """The standard library of the interpreter that runs, tests left out."""
+
+    kind: Literal["python-stdlib"] = "python-stdlib"
+    licence: str | None = "PSF-2.0"
+    path: str | None = None  # another interpreter's
+
+
+class _Rows(_Source):
+    path: str  # a file, or a folder of them
+    text: str = "text"  # field or column of the text, of ids, of licences
+    id: str | None = None  # not given: the file's name and the row's number
+    licence_field: str | None = None
+
+
+class JsonlSource(_Rows):
+    kind: Literal["jsonl"] = "jsonl"
+
+
+class ParquetSource(_Rows):
+    kind: Literal["parquet"] = "parquet"
+
+
+SourceRecipe = Annotated[
+    FolderSource | GitSource | PackageSource | StdlibSource | JsonlSource | ParquetSource, Field(discriminator="kind")
+]
+
+
+class BuildRecipe(_Strict):
+    """A data recipe."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    validation_one_in: NonNegativeInt = 20  # one document in so many, chosen by a hash of its id, is held out; 0: none
+    shard_tokens: PositiveInt = 1 << 27
+    tokenizer: TokenizerRecipe = TokenizerRecipe()
+    filters: FilterRecipe = FilterRecipe()
+    dedup: DedupRecipe = DedupRecipe()
+    sources: dict[SourceName, SourceRecipe] = Field(min_length=1)  # read in the order in which they are written
+
+    def digest(self) -> str:
+        """Identifies the recipe: sha256 of its resolved content."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
