@@ -225,6 +225,21 @@ def test_every_tile_path_runs():
     assert wanted <= seen.keys(), wanted - seen.keys()
 
 
+@pytest.mark.skipif("amx" not in _native.available_isas(), reason="this processor has no AMX")
+@pytest.mark.parametrize("m, n, k", [(200, 96, 64), (130, 32, 512), (34, 32, 32), (700, 512, 256), (2300, 2112, 32)])
+def test_short_rows_against_whole_tiles(m, n, k):
+    """Blocks that are rounded and stored while the next is multiplied: the sums of the other paths, rounded once."""
+    x, w = gaussian(m, m, k, dtype=torch.bfloat16), gaussian(n, n, k, dtype=torch.bfloat16)
+    with _native.using_cpu_isa("amx"):
+        with _native.counted_paths() as counts:
+            whole = ops.linear(x, w)
+        assert "gemm amx blocks across" in counts
+        assert same_bits(whole, ops.linear(x, w, out_dtype=torch.float32).bfloat16())
+        for rows in (1, 31, 33):
+            assert same_bits(whole[:rows], ops.linear(x[:rows], w)), rows
+        assert same_bits(torch.ops.glm5.linear_dx(x, w.T.contiguous()), whole)
+
+
 @pytest.mark.parametrize("rows, out, inner", [(700, 300, 290), (2700, 150, 70), (70, 2700, 150), (33, 65, 600)])
 def test_gradients_have_the_bits_of_linear(isa, rows, out, inner):
     """Whichever way the operands lie in memory, an element's sum is the same."""

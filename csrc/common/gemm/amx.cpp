@@ -264,6 +264,77 @@ __attribute__((noinline)) void multiply(const Stream& s0, const Stream& s1, cons
   if constexpr (kLines == 2 && kPacked == 2) _tile_stored(3, c11, 64);
 }
 
+// Short streamed lines, one after the other in memory, 32 at a time against pairs of packed tiles side by side.
+struct Across {
+  const char* lines;
+  int64_t groups, steps;  // of 32 lines; of k
+  const bf16* packed;
+  int64_t pairs;
+  bf16* out;  // of the first line and the first packed line
+  int64_t out_row;
+  float* sums;  // 8 KiB
+};
+
+// Sums are in tiles for all of k, rounded and stored while the next block of them is made. What the next 32 lines need is brought
+// to L2 meanwhile, in the order of memory: a store to a line that is further off holds one of the few buffers that the packed
+// tiles come through as well.
+__attribute__((noinline)) void run_blocks_across(const Across& a) {
+  const int64_t row_bytes = a.steps * kStep * 2, group_bytes = 2 * kTile * row_bytes, out_row = a.out_row;
+  const float* earlier = nullptr;
+  bf16* earlier_out = nullptr;
+  int64_t row = 2 * kTile;  // of the earlier block, to be stored next
+  const auto finish_four_rows = [&] {
+    const float* tile = earlier + row / 16 * 512 + row % 16 * 16;
+    bf16* out = earlier_out + row * out_row;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i, tile += 16, out += out_row)
+      _mm512_storeu_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(load(tile + 256).v, load(tile).v)));
+    row += 4;
+  };
+  float* sums = a.sums;
+  for (int64_t group = 0; group < a.groups; ++group) {
+    const char *lines = a.lines + group * group_bytes, *next_line = lines + group_bytes;
+    bf16* out = a.out + group * 2 * kTile * out_row;
+    const char* next_out = reinterpret_cast<const char*>(out + 2 * kTile * out_row);
+    const bool more = group + 1 < a.groups;
+    const int64_t line_share = more ? ceil_div(2 * kTile, a.pairs) : 0, out_share = more ? ceil_div(2 * kTile, a.steps) : 0;
+    int64_t next_column = 0;
+    const bf16* b = a.packed;
+    for (int64_t pair = 0; pair < a.pairs; ++pair, b += a.steps * kTileElements, out += 2 * kTile) {
+      const char *a0 = lines, *a1 = lines + group_bytes / 2;
+      const bf16* second = b + a.steps * kTileElements;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t s = 0; s < a.steps; ++s, a0 += kStep * 2, a1 += kStep * 2, b += kTileElements, second += kTileElements) {
+        _tile_loadd(6, b, 64);
+        _tile_loadd(4, a0, row_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, second, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a1, row_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        if (row < 2 * kTile) finish_four_rows();
+        for (int64_t i = 0; i < line_share; ++i, next_line += 64) __builtin_prefetch(next_line, 0, 2);
+        for (int64_t i = 0; i < out_share; ++i, next_out += 64) {
+          __builtin_prefetch(next_out, 0, 2);
+          if (++next_column == a.pairs) next_column = 0, next_out += (out_row - a.pairs * 2 * kTile) * 2;
+        }
+      }
+      while (row < 2 * kTile) finish_four_rows();
+      _tile_stored(0, sums, 64);
+      _tile_stored(1, sums + 256, 64);
+      _tile_stored(2, sums + 512, 64);
+      _tile_stored(3, sums + 768, 64);
+      earlier = sums, earlier_out = out, row = 0;
+      sums = sums == a.sums ? a.sums + 1024 : a.sums;
+    }
+  }
+  while (row < 2 * kTile) finish_four_rows();
+}
+
 // One product, lines [packed_first, packed_last) of its packed operand against all lines of the other.
 struct Unit {
   const GemmArgs* g;
@@ -389,7 +460,8 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
   const GemmArgs& g = *u.g;
   Side side = streamed_of(u);
   side.count = last;
-  const int64_t all_steps = steps_of(g), tiles = packed_tiles(u), groups = ceil_div(last - first, kTile);
+  const int64_t all_steps = steps_of(g), tiles = packed_tiles(u);
+  int64_t groups = ceil_div(last - first, kTile);
   const int64_t blocks = blocks_of(u), block_steps = block_steps_of(u);
   // Packed lines that come from afar are read once, for all lines of the stripe, which are copied for it: in place, lines a
   // power of two apart would meet in few cache sets. Else two groups of lines after the other meet all packed lines.
@@ -414,6 +486,18 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
     const bool resume = block > 0, finish = block + 1 >= blocks;
     if (resume) GLM5_COUNT_PATH("gemm amx resumes");
     if (pack) pack_panel(side, first, last, k0, k1, panel_steps, panel);
+    // Whole tiles of short lines, rows of c to be written: no more to decide until the end of the stripe.
+    const int64_t whole = last - (last - first) % (2 * kTile);
+    if (even && !far && !pack && !u.rows_are_packed && !g.accumulate && !g.bias && g.out_dtype == g.dtype && whole > first &&
+        (u.packed_last - u.packed_first) % (2 * kTile) == 0) {
+      GLM5_COUNT_PATH("gemm amx blocks across");
+      run_blocks_across({reinterpret_cast<const char*>(side.data + first * side.line_stride), (whole - first) / (2 * kTile),
+                         all_steps, wave + packed_offset(u, 0, 0), tiles / 2,
+                         static_cast<bf16*>(g.c) + first * g.c_row + u.packed_first, g.c_row, sums});
+      first = whole;
+      groups = ceil_div(last - first, kTile);
+      if (groups == 0) return;
+    }
     const int64_t calls = ceil_div(tiles, 2), pairs = ceil_div(groups, 2);
     for (int64_t at = 0; at < pairs * calls; ++at) {
       const int64_t group = 2 * (far ? at % pairs : at / calls), tile = 2 * (far ? at / pairs : at % calls);
