@@ -125,6 +125,43 @@ def test_chunked_prefill_and_decode_have_the_bits_of_the_full_forward(form, dtyp
             at += chunk
 
 
+class Calls(TorchDispatchMode):
+    """The names of the glm5 ops that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name().removeprefix("glm5::"))
+        return func(*args, **(kwargs or {}))
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_bias": True, "num_attention_heads": 1, "num_key_value_heads": 1},
+        {"indexer_types": ("full", "shared", "full"), "index_n_heads": 16},
+    ],
+    ids=["plain", "bias", "shared"],
+)
+@torch.no_grad()
+def test_few_rows_go_in_few_calls_that_change_no_bit(isa, dtype, changes, monkeypatch):
+    model, few = shapes.model("sparse", dtype, **changes), {"decoder_inputs", "decoder_output", "decoder_mlp"}
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    batches = [shapes.pack(*shapes.random_tokens(n).split(9)) for n in (1, 8, 64)]
+    with Calls() as calls:
+        in_few = [hidden(model, batch) for batch in batches]
+    assert few <= calls.names and "silu_mul" in calls.names  # the routed experts'
+    monkeypatch.setattr("glm5.model.layers._FEW_ROWS", 0)
+    with Calls() as calls:
+        assert all(same_bits(hidden(model, batch), got) for batch, got in zip(batches, in_few, strict=True))
+    assert not few & calls.names
+
+
 # Copies, and elementwise + - *, of floating-point values; anything on integers is exact.
 ALLOWED = set(
     "embedding index_select index cat stack view _unsafe_view reshape expand slice select split split_with_sizes transpose "

@@ -13,7 +13,8 @@ from torch import nn
 from glm5 import ops
 from glm5.model.cache import LatentCache
 from glm5.model.config import Glm5Config
-from glm5.model.layers import LayerNorm, Linear, RMSNorm, at_least_float32
+from glm5.model.layers import LayerNorm, Linear, RMSNorm, at_least_float32, few_rows
+from glm5.ops import _decoder
 
 # Both latent norms and the indexer's use this, whatever rms_norm_eps says (Transformers 5.23 does the same).
 LATENT_EPS = 1e-6
@@ -110,6 +111,7 @@ class Pass:
     select: Callable[[Selection], torch.Tensor] | None = None
     collect: bool = False
     reuse_indices: bool = False  # a later MTP iteration that shares the first one's indices
+    plain: bool = False  # nothing but the output is wanted of sparse attention, and no gradient
     # left behind
     hidden: list[torch.Tensor] | None = None  # [T, H] before each layer, where wanted
     indices: torch.Tensor | None = None  # of the last full layer
@@ -168,6 +170,10 @@ class MLA(nn.Module):
         self.scale = c.softmax_scale
 
     def forward(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
+        if run.plain and few_rows(x):
+            out = self._forward_few(x, run)
+            if out is not None:
+                return out
         c, heads = self.config, self.config.num_attention_heads
         q_latent = self.q_a_layernorm(self.q_a_proj(x))
         q = self.q_b_proj(q_latent).view(-1, heads, c.qk_head_dim)
@@ -182,6 +188,39 @@ class MLA(nn.Module):
         attend = self._attend_sparse if run.attention == "sparse" else self._attend_dense
         out = attend(q_nope, q_rope, latent, run)
         return self.o_proj(out.reshape(-1, heads * c.v_head_dim))
+
+    def _forward_few(self, x: torch.Tensor, run: Pass) -> torch.Tensor | None:
+        """``forward`` for sparse attention alone, in few calls; the same bits. None where a projection is not a ``Linear``
+        or has weights of another dtype."""
+        c, indexer = self.config, None if run.reuse_indices else self.indexer
+        q_a, q_b, kv_a, kv_b = self.q_a_proj, self.q_b_proj, self.kv_a_proj_with_mqa, self.kv_b_proj
+        projections, o = [q_a, q_b, kv_a, kv_b, self.o_proj], self.o_proj
+        index = [None] * 5
+        if indexer is not None:
+            projections += [indexer.wq_b, indexer.wk, indexer.weights_proj]
+        for projection in projections:
+            if type(projection) is not Linear or projection.weight.dtype != x.dtype:
+                return None
+        if indexer is not None:
+            norm = indexer.k_norm
+            index = [indexer.wq_b.weight, indexer.wk.weight, norm.weight, norm.bias, indexer.weights_proj.weight]
+        up, nope = kv_b.weight, c.qk_nope_head_dim
+        q, latent, *indexed = _decoder.decoder_inputs(
+            *(x, q_a.weight, q_a.bias, self.q_a_layernorm.weight, q_b.weight),
+            *(kv_a.weight, kv_a.bias, self.kv_a_layernorm.weight, up),
+            *(c.num_attention_heads, nope, LATENT_EPS, run.cos, run.sin, run.positions),
+            *(*index, c.index_head_dim**-0.5 * c.index_n_heads**-0.5),
+        )
+        if run.cache is not None:
+            latent = run.cache.append_latent(self.layer, latent)
+        if indexer is not None:
+            index_q, index_k, weights = indexed
+            if run.cache is not None:
+                index_k = run.cache.append_indexer_key(self.layer, index_k)
+            run.indexed = (index_q, index_k, weights)
+            run.indices, _ = ops.lightning_indexer_topk(index_q, index_k, None, weights, run.ks, run.ke, c.index_topk)
+        out, _ = ops.sparse_mla(q, latent, run.indices, self.scale, c.kv_lora_rank)
+        return _decoder.decoder_output(out, up, nope, o.weight, o.bias)
 
     def _attend_dense(self, q_nope, q_rope, latent, run):
         q, k, v = self._expanded(q_nope, q_rope, latent)

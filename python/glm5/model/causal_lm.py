@@ -313,6 +313,7 @@ class Glm5ForCausalLM(nn.Module):
             cache=cache,
             select=self._select,
             collect=collect,
+            plain=(attention or self.attention) == "sparse" and indexer == "none" and self._select is None and not collect,
         )
 
     def _mtp(self, tokens, hidden, run, depth):

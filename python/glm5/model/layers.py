@@ -9,6 +9,10 @@ from torch import nn
 
 from glm5 import ops
 from glm5.model.config import Glm5Config
+from glm5.ops import _decoder
+
+# Up to so many rows a layer is computed in few calls: what lies between calls then costs as much as some of them.
+_FEW_ROWS = 64
 
 
 class Linear(nn.Module):
@@ -57,6 +61,18 @@ def at_least_float32(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def few_rows(x: torch.Tensor) -> bool:
+    """Whether x [T, H] may go the way of few calls, which has no gradient, autocast or float64 and gives the same bits."""
+    return (
+        x.shape[0] <= _FEW_ROWS
+        and not torch.is_grad_enabled()
+        and x.dtype != torch.float64
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 class MLP(nn.Module):
     """SwiGLU: x [T, H] -> down(silu(gate(x)) * up(x)) [T, H]."""
 
@@ -67,7 +83,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(ops.silu_mul(torch.cat([self.gate_proj(x), self.up_proj(x)], -1)))
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if few_rows(x) and type(gate) is type(up) is type(down) is Linear:
+            return _decoder.decoder_mlp(x, gate.weight, up.weight, down.weight)
+        return down(ops.silu_mul(torch.cat([gate(x), up(x)], -1)))
 
 
 class Router(nn.Module):

@@ -6,6 +6,7 @@ no values are needed to see it, where a model is traced. Gradients exist once: a
 MemoryError names the op whose working memory could not be had.
 """
 
+from glm5.ops import _decoder  # noqa: F401  (registers fake kernels)
 from glm5.ops.cache import indexer_cache_write, latent_cache_read, latent_cache_write
 from glm5.ops.fp8_gemm import fp8_gemm, fp8_grouped_gemm
 from glm5.ops.hadamard import rotate_hadamard
