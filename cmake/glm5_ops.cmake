@@ -5,7 +5,7 @@ set(GLM5_FLAGS_portable "")
 set(GLM5_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
 set(GLM5_FLAGS_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mavx512vbmi -mavx512vbmi2
                       -mavx2 -mfma -mf16c -mbmi2 -mprefer-vector-width=512)
-set(GLM5_FLAGS_amx ${GLM5_FLAGS_avx512} -mamx-tile -mamx-bf16 -mamx-int8)
+set(GLM5_FLAGS_amx ${GLM5_FLAGS_avx512} -mamx-tile -mamx-bf16 -mamx-int8 -mgfni)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(GLM5_ISAS portable avx2 avx512)
 else()

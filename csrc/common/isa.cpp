@@ -30,7 +30,8 @@ bool tiles_are_permitted() {
 bool has_amx() {
   unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
   __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-  return ((edx >> 22) & 1u) && ((edx >> 24) & 1u) && ((edx >> 25) & 1u);  // AMX-BF16, AMX-TILE, AMX-INT8
+  // AMX-BF16, AMX-TILE, AMX-INT8, and GFNI, which no processor with tiles lacks.
+  return ((edx >> 22) & 1u) && ((edx >> 24) & 1u) && ((edx >> 25) & 1u) && ((ecx >> 8) & 1u);
 }
 #endif
 

@@ -95,15 +95,18 @@ def test_groups_have_the_bits_of_single_products(isa):
         assert same_bits(y[-4:], torch.zeros(4, columns, dtype=torch.bfloat16))
 
 
-def test_every_code_is_read_exactly(isa):
-    """One code at a time against one: the products are the codes, NaN where a code is NaN, the others as they were."""
+@pytest.mark.parametrize("beside", [0.0, 1.0])
+def test_every_code_is_read_exactly(isa, beside):
+    """One code at a time among zeros or ones: the products are the codes, NaN where one is NaN, the others as they were."""
     codes = torch.arange(256, dtype=torch.uint8).view(e4m3)
     one = torch.zeros(256, 256).fill_diagonal_(1)
     ones, blocks = torch.ones(256, 2), torch.ones(2, 2)
-    values = torch.diag(codes.float().nan_to_num()).to(e4m3)
-    want = torch.diag(codes.float().nan_to_num())
-    for a, b in ((values, one.to(e4m3)), (one.to(e4m3), values)):
-        assert torch.equal(ops.fp8_gemm(a, ones, b, blocks, f32), want)
+    want = torch.full((256, 256), beside)
+    want.diagonal().copy_(codes.float().nan_to_num())
+    values = want.to(e4m3)
+    for a, b, c in ((values, one.to(e4m3), want), (one.to(e4m3), values, want.T)):
+        for rows in (1, 16, 256):
+            assert torch.equal(ops.fp8_gemm(a[-rows:], ones[-rows:], b, blocks, f32), c[-rows:])
     for code in (0x7F, 0xFF):
         bad = values.clone()
         bad.view(torch.uint8)[70, 3] = code
@@ -187,7 +190,7 @@ def test_every_microkernel_runs(isa):
     """Every register tile of this instruction set gives the bits of its rows alone."""
     if isa == "amx":
         shapes = [(m, n) for m in (1, 2, 15, 16, 17, 32, 33, 48, 64, 65, 80, 130) for n in (16, 64, 100)]
-        wanted = {"fp8_gemm amx 2x2", "fp8_gemm amx 2x1", "fp8_gemm amx 2x1 narrow"}
+        wanted = {"fp8_gemm amx 2x2", "fp8_gemm amx 2x1", "fp8_gemm amx few", "fp8_gemm amx few narrow"}
     else:
         rows = {"portable": 4, "avx2": 6, "avx512": 12}[isa]
         shapes = [(m, n) for m in range(1, rows + 2) for n in (3, 16, 32, 70)]
