@@ -154,6 +154,22 @@ def test_a_folder_is_built_once_and_belongs_to_its_recipe(tmp_path):
         build_data(chosen, tmp_path / "mine")
 
 
+def test_bpe_is_learnt_from_what_is_trained_on(tmp_path):
+    pytest.importorskip("tokenizers", reason="needs: pip install -c constraints.txt tokenizers")
+    texts = [f"the value of {i} is {i * i}" for i in range(60)]
+    source = rows(tmp_path / "a.jsonl", texts)
+    data = build_data(recipe({"rows": source}, tokenizer={"kind": "bpe", "vocab_size": 330}), tmp_path / "a")
+    tokenizer = data.tokenizer()
+    assert data.manifest.tokenizer.kind == "bpe" and 300 < tokenizer.vocab_size <= 330
+    web = data.domain("web")
+    kept = [tokenizer.decode(web.tokens(i)) for i in range(web.num_documents)]
+    assert set(kept) < set(texts) and web.num_tokens < 0.8 * sum(map(len, kept))
+    again = recipe({"rows": source}, tokenizer={"kind": "folder", "path": str(tmp_path / "a" / "tokenizer")})
+    assert build_data(again, tmp_path / "b").manifest.shards == data.manifest.shards
+    few = recipe({"rows": source}, tokenizer={"kind": "bpe", "vocab_size": 330, "sample_bytes": 100})
+    assert build_data(few, tmp_path / "c").tokenizer().vocab_size < tokenizer.vocab_size
+
+
 def test_a_whole_repository_is_on_one_side(tmp_path):
     for package in range(30):
         for file in range(4):

@@ -26,6 +26,7 @@ def decide(folder, texts, held_out=None, exact=True, near=0.8, ids=None, batch=7
         here = slice(i, i + batch)
         found.add(ids[here], digests(texts[here]), held_out[here], texts[here])
     duplicate = found.duplicate_ids()
+    found.compare()
     drops = list(found.drops())
     found.close()
     assert drops == sorted(drops)
@@ -104,23 +105,32 @@ def test_a_long_text_is_compared_in_blocks(monkeypatch):
         st.lists(st.tuples(st.integers(0, 5) | st.integers(0, 2**64 - 1), st.integers(0, 9)), max_size=40), max_size=12
     ),
     st.integers(1, 60),
+    st.integers(2, 9),
 )
-def test_runs_come_back_sorted(tmp_path_factory, parts, run_records):
+def test_runs_come_back_sorted(tmp_path_factory, parts, run_records, at_once):
     runs = SortedRuns(tmp_path_factory.mktemp("runs") / "runs", run_records)
     for part in parts:
         runs.add(np.array([k for k, _ in part], np.uint64), np.array([r for _, r in part], np.uint64))
-    blocks = list(runs.merged())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dedup, "_RUNS_AT_ONCE", at_once)
+        blocks = list(runs.merged())
     runs.close()
     assert [tuple(pair) for block in blocks for pair in block.tolist()] == sorted(pair for part in parts for pair in part)
 
 
 def test_a_merge_of_many_runs_holds_a_little_of_each(tmp_path):
-    runs = SortedRuns(tmp_path / "runs", run_records=4096)
-    for i in range(16):
-        runs.add(np.random.default_rng(i).integers(0, 2**64, 4096, dtype=np.uint64), np.zeros(4096, np.uint64))
-    sizes = [len(block) for block in runs.merged()]
+    runs = SortedRuns(tmp_path / "runs", run_records=1024)
+    count = dedup._RUNS_AT_ONCE + 20  # two passes
+    for i in range(count):
+        runs.add(np.random.default_rng(i).integers(0, 2**64, 1024, dtype=np.uint64), np.zeros(1024, np.uint64))
+    sizes, last = [], 0
+    for block in runs.merged():
+        assert last <= block[0, 0] and (np.diff(block[:, 0].astype(object)) >= 0).all()
+        sizes.append(len(block))
+        last = block[-1, 0]
+    assert sum(sizes) == count * 1024 and max(sizes) <= 1024
+    assert sum(len(block) for block in runs.merged()) == count * 1024  # again
     runs.close()
-    assert sum(sizes) == 16 * 4096 and max(sizes) <= 4096
 
 
 # ---- decisions ----

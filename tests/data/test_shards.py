@@ -11,11 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm5.data import DataError, DataWriter, open_data
+from glm5.data import ByteTokenizer, DataError, DataWriter, open_data
 from glm5.data.shards import is_held_out
 
-SMALL = SimpleNamespace(kind="test", digest="small", vocab_size=1 << 16)
-LARGE = SimpleNamespace(kind="test", digest="large", vocab_size=(1 << 16) + 1)
+
+def tokenizer_of(vocab_size):
+    def save(folder):
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(str(vocab_size))
+
+    return SimpleNamespace(kind="test", digest=f"of {vocab_size}", vocab_size=vocab_size, save=save)
+
+
+SMALL, LARGE = tokenizer_of(1 << 16), tokenizer_of((1 << 16) + 1)
 
 
 @st.composite
@@ -95,7 +103,9 @@ def test_it_is_there_whole_or_not_at_all(tmp_path):
         writer.add("code", np.ones(3, int))
         assert not out.exists()
         writer.finish()
-    assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "shards"] and list(tmp_path.iterdir()) == [out]
+    assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "shards", "tokenizer"] and list(
+        tmp_path.iterdir()
+    ) == [out]
 
 
 def test_what_a_killed_writer_left_is_cleared_and_a_living_one_is_not_disturbed(tmp_path):
@@ -152,6 +162,16 @@ def edit_manifest(folder, change):
     manifest = json.loads(path.read_text())
     change(manifest)
     path.write_text(json.dumps(manifest))
+
+
+def test_a_folder_has_its_tokenizer(tmp_path):
+    with DataWriter(tmp_path / "out", ByteTokenizer()) as writer:
+        writer.add("code", ByteTokenizer().encode_document("x"))
+        data = writer.finish()
+    assert data.tokenizer().digest == ByteTokenizer().digest == data.manifest.tokenizer.digest
+    edit_manifest(data.folder, lambda manifest: manifest["tokenizer"].update(digest="other"))
+    with pytest.raises(DataError, match="tokenizer is not the tokenizer of the manifest"):
+        open_data(data.folder).tokenizer()
 
 
 def test_a_folder_is_not_overwritten(folder):

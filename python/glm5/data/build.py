@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from glm5.data import sources
+from glm5.data.bpe import train_bpe
 from glm5.data.dedup import Deduplicator
 from glm5.data.filters import Filter
 from glm5.data.shards import MANIFEST, VALIDATION, DataError, DataFolder, DataWriter, FilterCounts, is_held_out, open_data
 from glm5.data.sources import Document
-from glm5.data.tokenizer import ByteTokenizer
+from glm5.data.text import load_tokenizer
+from glm5.data.tokenizer import ByteTokenizer, Tokenizer
 from glm5.recipes.data_schema import BuildRecipe, TokenizerRecipe
 
 # What is set aside before it is hashed together: a few blocks of signatures.
@@ -32,13 +34,16 @@ def default_folder(recipe: BuildRecipe, runs: Path) -> Path:
     return Path(runs) / "data" / f"{recipe.name}-{recipe.digest()[:12]}"
 
 
-def load_tokenizer(recipe: TokenizerRecipe):
-    """The tokenizer that a data recipe names."""
+def _tokenizer(recipe: TokenizerRecipe, staged: "_Staged", progress: Progress) -> Tokenizer:
+    """The tokenizer that a data recipe names, or learnt from what is staged."""
     if recipe.kind == "bytes":
         return ByteTokenizer()
-    from glm5.data import text
-
-    return text.load_tokenizer(Path(recipe.path).expanduser())
+    if recipe.kind == "bpe":
+        return train_bpe(staged.sample(recipe.sample_bytes, progress), recipe.vocab_size)
+    tokenizer = load_tokenizer(Path(recipe.path).expanduser())
+    if not isinstance(tokenizer, Tokenizer):
+        raise DataError(f"{recipe.path}: not a tokenizer with GLM-5's special tokens, which documents begin and end with")
+    return tokenizer
 
 
 def build_data(recipe: BuildRecipe, out: Path | str, progress: Progress = lambda *_: None) -> DataFolder:
@@ -56,11 +61,9 @@ def build_data(recipe: BuildRecipe, out: Path | str, progress: Progress = lambda
         if data.manifest.recipe != recipe.digest():
             raise DataError(f"{out} was built from another recipe; choose another folder or remove it")
         return data
-    tokenizer = load_tokenizer(recipe.tokenizer)
     filters = {name: Filter(source.filters or recipe.filters) for name, source in recipe.sources.items()}
-    with DataWriter(
-        out, tokenizer, recipe=recipe.digest(), one_in=recipe.validation_one_in, shard_tokens=recipe.shard_tokens
-    ) as writer:
+    options = dict(recipe=recipe.digest(), one_in=recipe.validation_one_in, shard_tokens=recipe.shard_tokens)
+    with DataWriter(out, **options) as writer:
         staged = _Staged(writer.scratch / "staged", recipe)
         try:
             for name, source in recipe.sources.items():
@@ -74,9 +77,9 @@ def build_data(recipe: BuildRecipe, out: Path | str, progress: Progress = lambda
                     staged.add(name, document, rule)
                     progress("reading", staged.bytes, None)
             staged.compare(progress)
+            tokenizer = writer.tokenizer = _tokenizer(recipe.tokenizer, staged, progress)
             for domain, licence, text in staged.kept(progress):
-                tokens = tokenizer.encode_document(text if tokenizer.kind == "bytes" else text.decode())
-                writer.add(domain, tokens, num_bytes=len(text), licence=licence)
+                writer.add(domain, tokenizer.encode_document(text), num_bytes=len(text), licence=licence)
         finally:
             staged.close()
         _want_something(recipe, staged.counts, writer)
@@ -126,6 +129,7 @@ class _Staged:
         self._text.flush()
         self._records.flush()
         progress("comparing", 0, None)
+        self._duplicates.compare()
         if (same := self._duplicates.duplicate_ids()) is not None:
             found = [record for number, record in enumerate(self._each_record()) if number in same]
             raise DataError(
@@ -137,20 +141,38 @@ class _Staged:
         self._records.seek(0)
         return map(json.loads, self._records)
 
-    def kept(self, progress: Progress) -> Iterator[tuple[str, str, bytes]]:
-        """(domain, licence, text) of what is not a duplicate, in the order of adding; the others are counted."""
+    def _each(self) -> Iterator[tuple[str | None, str, str, bool, bytes]]:
+        """(rule that drops it or None, source, licence, held out, text) of all documents in the order of adding."""
         self._text.seek(0)
         drops = self._duplicates.drops()
-        drop, done = next(drops, None), 0
+        drop = next(drops, None)
         for number, (_, size, source, licence, held_out) in enumerate(self._each_record()):
-            text = self._text.read(size)
+            rule = None
             if drop is not None and drop[0] == number:
+                rule, drop = drop[1], next(drops, None)
+            yield rule, source, licence, held_out, self._text.read(size)
+
+    def sample(self, num_bytes: int, progress: Progress) -> Iterator[bytes]:
+        """Training documents from the first on, until they have so many bytes."""
+        done = 0
+        for rule, _, _, held_out, text in self._each():
+            if done >= num_bytes:
+                break
+            if not rule and not held_out:
+                yield text
+                done += len(text)
+                progress("learning BPE", done, min(num_bytes, self.bytes))
+
+    def kept(self, progress: Progress) -> Iterator[tuple[str, str, bytes]]:
+        """(domain, licence, text) of what is not a duplicate; the others are counted."""
+        done = 0
+        for rule, source, licence, held_out, text in self._each():
+            if rule:
                 self.counts[source]["kept"] -= 1
-                self.counts[source][drop[1]] += 1
-                drop = next(drops, None)
+                self.counts[source][rule] += 1
             else:
                 yield self._recipe.sources[source].domain + VALIDATION * held_out, licence, text
-            done += size
+            done += len(text)
             progress("writing", done, self.bytes)
 
     def filter_counts(self) -> dict[str, FilterCounts]:

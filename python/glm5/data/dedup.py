@@ -10,7 +10,7 @@ where the textbook takes 120.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,8 @@ NUM_BINS, NUM_BANDS = 120, 20  # of bins; at similarity 0.8 all 20 bands of 6 mi
 SHINGLE_WORDS = 5
 HELD_OUT = np.uint64(1) << np.uint64(63)  # in a rank: after every document without it
 BLOCK_BYTES = 1 << 16  # text hashed at once: the arrays stay in the cache
-_RUN_RECORDS = 1 << 19  # sorted in memory at once
+_RUN_RECORDS = 1 << 17  # sorted in memory at once
+_RUNS_AT_ONCE = 64  # merged in one pass; where there are more, there are more passes
 _PAIRS_AT_ONCE = 1 << 14
 
 _EMPTY = np.uint32(0xFFFFFFFF)
@@ -174,18 +175,28 @@ class SortedRuns:
     def _write_run(self) -> None:
         if self._num_waiting:
             pairs = np.concatenate(self._waiting)
-            self._waiting = []
-            pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
-            self._file.write(memoryview(pairs).cast("B"))
-            self._runs.append((self._num_written, len(pairs)))
-            self._num_written += len(pairs)
-            self._num_waiting = 0
+            self._waiting, self._num_waiting = [], 0
+            self._runs.append(self._write([pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]]))
+
+    def _write(self, blocks: Iterable[np.ndarray]) -> tuple[int, int]:
+        """Adds a run to the file: its first record, and how many."""
+        first = self._num_written
+        for block in blocks:
+            os.pwrite(self._file.fileno(), memoryview(block).cast("B"), 16 * self._num_written)
+            self._num_written += len(block)
+        return first, self._num_written - first
 
     def merged(self) -> Iterator[np.ndarray]:
-        """All pairs by key, then rank, in blocks uint64 [n, 2]. Ends the adding."""
+        """All pairs by key, then rank, in blocks uint64 [n, 2]. Ends the adding; may be asked for again."""
         self._write_run()
-        share = max(self._run_records // max(len(self._runs), 1), 256)
-        left = dict(enumerate(self._runs))
+        while len(self._runs) > _RUNS_AT_ONCE:
+            groups = [self._runs[i : i + _RUNS_AT_ONCE] for i in range(0, len(self._runs), _RUNS_AT_ONCE)]
+            self._runs = [self._write(self._merge(group)) for group in groups]
+        return self._merge(self._runs)
+
+    def _merge(self, runs: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+        share = max(self._run_records // max(len(runs), 1), 1)
+        left = dict(enumerate(runs))
         blocks: dict[int, np.ndarray] = {}
         while left or blocks:
             for run, (first, count) in list(left.items()):
@@ -307,8 +318,8 @@ class Deduplicator:
                     found = earlier, later
         return found
 
-    def drops(self) -> Iterator[tuple[int, str]]:
-        """(number, rule) of each document to drop, by number; the rule is "exact_duplicate" or "near_duplicate"."""
+    def compare(self) -> None:
+        """Ends the adding and finds what is to be dropped."""
         for pairs in _meetings(self._texts):
             if not self._exact:
                 pairs = pairs[(pairs[:, 0] < HELD_OUT) & (pairs[:, 1] >= HELD_OUT)]
@@ -316,9 +327,11 @@ class Deduplicator:
             self._drops.add(same & ~HELD_OUT, np.zeros(len(same), np.uint64))
         if self._near:
             for pairs in _meetings(self._bands):
-                similar = pairs[_agreement(self._signatures, pairs) >= self._near, 1]
-                similar = np.unique(similar)
+                similar = np.unique(pairs[_agreement(self._signatures, pairs) >= self._near, 1])
                 self._drops.add(similar & ~HELD_OUT, np.ones(len(similar), np.uint64))
+
+    def drops(self) -> Iterator[tuple[int, str]]:
+        """(number, rule) of each document to drop, by number; the rule is "exact_duplicate" or "near_duplicate"."""
         last = None
         for block in self._drops.merged():
             for number, rule in block.tolist():

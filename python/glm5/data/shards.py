@@ -4,6 +4,7 @@
 or how documents are drawn and packed.
 
     manifest.json                      written last; no time and no path of a machine in it
+    tokenizer/                         as its save() writes it
     shards/<domain>-<number>.bin       token ids, little-endian uint16 (vocabulary <= 65536) or uint32, one document after
                                        the other, each whole as a model sees it
     shards/<domain>-<number>.idx       int64 [documents + 1]: where documents begin and end, in tokens
@@ -29,6 +30,7 @@ from glm5._files import TEMPORARY, sync_folder, write_atomically
 VERSION = 1
 MANIFEST = "manifest.json"
 SHARDS = "shards"
+TOKENIZER = "tokenizer"
 VALIDATION = "/validation"  # ends the name of a domain's held-out part
 DOMAIN_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*(/validation)?$"
 SHARD_TOKENS = 1 << 27
@@ -160,7 +162,7 @@ class DataWriter:
 
     Args:
         out: the folder to make; it must not exist.
-        tokenizer: whose ids are added; its kind, digest and vocab_size go into the manifest.
+        tokenizer: whose ids are added; saved, and named in the manifest. May be set later, before the first document.
         recipe: digest of what the folder is built from.
         one_in: see ``is_held_out``; recorded, the caller decides a document's domain.
         shard_tokens: a shard with documents in it is closed before it would pass this.
@@ -169,10 +171,12 @@ class DataWriter:
         DataError: ``out`` exists, or another process is at work on it.
     """
 
-    def __init__(self, out: Path | str, tokenizer, *, recipe: str = "", one_in: int = 0, shard_tokens: int = SHARD_TOKENS):
+    def __init__(
+        self, out: Path | str, tokenizer=None, *, recipe: str = "", one_in: int = 0, shard_tokens: int = SHARD_TOKENS
+    ):
         self.out = Path(out)
-        entry = TokenizerEntry(kind=tokenizer.kind, digest=tokenizer.digest, vocab_size=tokenizer.vocab_size)
-        self._tokenizer, self._recipe, self._one_in, self._shard_tokens = entry, recipe, one_in, shard_tokens
+        self.tokenizer = tokenizer
+        self._recipe, self._one_in, self._shard_tokens = recipe, one_in, shard_tokens
         self._open: dict[str, _ShardFiles] = {}
         self._done: list[ShardEntry] = []
         self._masked: dict[str, bool] = {}
@@ -227,8 +231,8 @@ class DataWriter:
             self._masked[domain], self._licences[domain] = mask is not None, Counter()
         if len(tokens) == 0:
             raise DataError(f"domain {domain}: a document without tokens")
-        if not 0 <= tokens.min() <= tokens.max() < self._tokenizer.vocab_size:
-            last = self._tokenizer.vocab_size - 1
+        if not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
+            last = self.tokenizer.vocab_size - 1
             raise DataError(f"domain {domain}: token ids from {tokens.min()} to {tokens.max()}, want 0 to {last}")
         if (mask is not None) != self._masked[domain]:
             raise DataError(f"domain {domain}: documents with a loss mask and without; want all with, or none")
@@ -241,7 +245,7 @@ class DataWriter:
         if shard is None:
             number = sum(done.domain == domain for done in self._done)
             name = f"{domain.replace('/', '.')}-{number:05}"
-            dtype = _token_dtype(self._tokenizer.vocab_size)
+            dtype = _token_dtype(self.tokenizer.vocab_size)
             shard = self._open[domain] = _ShardFiles(self.scratch / SHARDS, name, domain, dtype, mask is not None)
         shard.add(tokens, None if mask is None else mask != 0)
         self._bytes[domain] += num_bytes
@@ -253,7 +257,7 @@ class DataWriter:
         return tuple(self._masked)
 
     def finish(self, filters: dict[str, FilterCounts] | None = None) -> "DataFolder":
-        """Writes the manifest, removes everything in ``scratch`` that is not data, and moves the folder to its place.
+        """Writes tokenizer and manifest, removes all else that a builder kept in ``scratch``, moves the folder to its place.
 
         Raises:
             DataError: nothing was added.
@@ -273,7 +277,9 @@ class DataWriter:
         manifest = Manifest(
             version=VERSION,
             recipe=self._recipe,
-            tokenizer=self._tokenizer,
+            tokenizer=TokenizerEntry(
+                kind=self.tokenizer.kind, digest=self.tokenizer.digest, vocab_size=self.tokenizer.vocab_size
+            ),
             validation=ValidationEntry(one_in=self._one_in),
             domains=domains,
             filters=filters or {},
@@ -283,6 +289,7 @@ class DataWriter:
             if path.name != SHARDS:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         sync_folder(self.scratch / SHARDS)
+        self.tokenizer.save(self.scratch / TOKENIZER)
         write_atomically(self.scratch / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
         self.scratch.rename(self.out)
         sync_folder(self.out.parent)
@@ -418,6 +425,15 @@ class DataFolder:
     def domains(self) -> tuple[str, ...]:
         """Names of all domains, held-out parts too."""
         return tuple(self._domains)
+
+    def tokenizer(self):
+        """The tokenizer of the ids. Raises ValueError if it is missing or not the manifest's."""
+        from glm5.data.text import load_tokenizer
+
+        tokenizer = load_tokenizer(self.folder / TOKENIZER)
+        if tokenizer.digest != self.manifest.tokenizer.digest:
+            raise DataError(f"{self.folder / TOKENIZER} is not the tokenizer of the manifest; build the data again")
+        return tokenizer
 
     def domain(self, name: str) -> Domain:
         """The domain `name`. Raises DataError, naming those there are."""

@@ -17,13 +17,18 @@ class _Strict(BaseModel):
 
 
 class TokenizerRecipe(_Strict):
-    kind: Literal["bytes", "folder"] = "bytes"
-    path: str | None = None  # kind "folder": a folder with a tokenizer.json
+    """Bytes, BPE learnt from the training documents, or one that is there already."""
+
+    kind: Literal["bytes", "bpe", "folder"] = "bytes"
+    vocab_size: PositiveInt | None = None  # of kind "bpe", special tokens included
+    sample_bytes: PositiveInt = 1 << 28  # kind "bpe" learns from so many, from the first on
+    path: str | None = None  # of kind "folder": where its tokenizer.json is
 
     @model_validator(mode="after")
-    def _path_goes_with_the_kind(self):
-        if (self.kind == "folder") != (self.path is not None):
-            raise ValueError('kind "folder" needs path, and no other kind has one')
+    def _each_kind_has_its_keys(self):
+        for kind, key in (("bpe", "vocab_size"), ("folder", "path")):
+            if (self.kind == kind) != (getattr(self, key) is not None):
+                raise ValueError(f'kind "{kind}" needs {key}, and no other kind has one')
         return self
 
 
