@@ -8,7 +8,7 @@ import importlib
 # Name in --against -> (module, how to get it).
 LIBRARIES = {
     "torch": ("torch", "pip install torch"),
-    "torchao": ("torchao", "pip install torchao"),
+    "torchao": ("torchao", "pip install --no-deps torchao"),
     "kt": ("kt_kernel", "pip install --no-deps kt-kernel==0.7.2; pip install safetensors gguf"),
     "transformers": ("transformers", "pip install -c constraints.txt transformers"),
 }

@@ -1,7 +1,8 @@
-"""Quantisation against the same in torch's own operations. Work is the bytes that must move."""
+"""Quantisation against the same in torch's own operations, and against torchao's. Work is the bytes that must move."""
 
 import torch
 
+from benchmarks import peers
 from benchmarks.harness import Case
 from glm5 import ops
 
@@ -51,6 +52,28 @@ def torch_fake_quantize_int4(w, group_size):
     return ((groups / scale).round() * scale).flatten(-2).to(bf16)
 
 
+def torchao_cases(x: torch.Tensor, size: str):
+    """FP8 in blocks, and int8 rows without a zero point, as torchao's tensors are made of a bf16 one."""
+    if not peers.library("torchao"):
+        return
+    from torchao.quantization import Float8Tensor, Int8Tensor
+    from torchao.quantization.granularity import PerBlock, PerRow
+
+    both = (
+        ("quantize_fp8 1x128", lambda: ops.quantize_fp8(x), lambda: Float8Tensor.from_hp(x, granularity=PerBlock([1, 128]))),
+        (
+            "quantize_fp8 128x128", lambda: ops.quantize_fp8(x, (128, 128)),
+            lambda: Float8Tensor.from_hp(x, granularity=PerBlock([128, 128])),
+        ),
+        ("quantize_int8", lambda: ops.quantize_int8(x), lambda: Int8Tensor.from_hp(x, PerRow())),
+    )  # fmt: skip
+    for name, ours, theirs in both:
+        yield Case(
+            f"{name} {size} beside torchao", ours, theirs, work=3.0 * x.numel(), peak="read", peer_name="torchao",
+            library="torchao",
+        )  # fmt: skip
+
+
 def cases(quick: bool):
     """Activations and weights larger than the caches."""
     rows, columns = (2048, 6144) if quick else (8192, 6144)
@@ -86,3 +109,4 @@ def cases(quick: bool):
             f"fake_quantize_int4 g{group} {size}", lambda group=group: ops.fake_quantize_int4(x, group),
             lambda group=group: torch_fake_quantize_int4(x, group), work=4 * count, peak="read",
         )  # fmt: skip
+    yield from torchao_cases(x, size)

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from benchmarks.harness import Case, Rotating
 from glm5 import ops
 
@@ -70,6 +71,26 @@ def move_cases(n: int, k: int):
     )  # fmt: skip
 
 
+def torchao_cases(n: int, k: int, group: int):
+    """A linear layer of bf16 rows, quantising them included. torchao quantises rows with a zero point, to int8 as we do."""
+    if not peers.library("torchao"):
+        return
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    layer = torch.nn.Sequential(torch.nn.Linear(k, n, bias=False, dtype=bf16)).requires_grad_(False)
+    packed, scale, _ = ops.quantize_int4(layer[0].weight, group)
+    w = ops.w4a8_prepack(packed, scale)
+    quantize_(layer, Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(group)))
+    for m in (1, 64, 512):
+        x = torch.randn(m, k).to(bf16)
+        yield Case(
+            f"quantize_int8 + w4a8_gemm M={m} N={n} K={k} group {group}",
+            lambda x=x: ops.w4a8_gemm(*ops.quantize_int8(x), w), lambda x=x: layer(x),
+            work=2.0 * m * n * k, peak="int8", peer_name="torchao", library="torchao", note="torchao dequantises w",
+        )  # fmt: skip
+
+
 def cases(quick: bool):
     yield gemm_case(1, 4096, 4096, goal_ratio=6.0, goal_share=0.7)
     yield gemm_case(8, 4096, 4096, goal_ratio=4.5)
@@ -78,6 +99,7 @@ def cases(quick: bool):
     yield gemm_case(512, 4096, 4096, goal_ratio=1.9)
     yield gemm_case(512, 4096, 4096, group=32)
     yield grouped_case(64, 8, 64, 2048, 6144)
+    yield from torchao_cases(4096, 4096, 128)
     if quick:
         return
     yield from move_cases(4096, 4096)

@@ -31,14 +31,14 @@ def main() -> int:
     if not hasattr(library, "glm5_choose_fault"):
         raise SystemExit(f"{_native.library_path} has no faults planted; make mutation builds one that has")
     wrong = [str(r) for op in sorted({f.op for f in FAULTS}) if not (r := check(op, examples=EXAMPLES)).ok]
-    print(f"{'op':24} {'fault':40} {'found by':15} and, by nature")
+    print(f"{'op':28} {'fault':40} {'found by':15} and, by nature")
     for number, fault in enumerate(FAULTS, 1):
         library.glm5_choose_fault(number)
         failed, complaint = judge(fault)
         library.glm5_choose_fault(0)
         found = fault.found_by if fault.found_by in failed else "NOT FOUND"
         others = ", ".join(sorted(failed - {fault.found_by}))
-        print(f"{fault.op:24} {fault.name:40} {found:15} {others}{': ' + fault.why if fault.also else ''}", flush=True)
+        print(f"{fault.op:28} {fault.name:40} {found:15} {others}{': ' + fault.why if fault.also else ''}", flush=True)
         wrong += [complaint] if complaint else []
     print("\n".join(wrong) or f"{len(FAULTS)} faults, each found by the property named for it")
     return 1 if wrong else 0
