@@ -240,7 +240,9 @@ def test_short_rows_against_whole_tiles(m, n, k):
         assert same_bits(torch.ops.glm5.linear_dx(x, w.T.contiguous()), whole)
 
 
-@pytest.mark.parametrize("rows, out, inner", [(700, 300, 290), (2700, 150, 70), (70, 2700, 150), (33, 65, 600)])
+@pytest.mark.parametrize(
+    "rows, out, inner", [(700, 300, 290), (1100, 128, 96), (2700, 150, 70), (70, 2700, 150), (33, 65, 600)]
+)
 def test_gradients_have_the_bits_of_linear(isa, rows, out, inner):
     """Whichever way the operands lie in memory, an element's sum is the same."""
     dy, w = gaussian(0, rows, out, dtype=torch.bfloat16), gaussian(1, out, inner, dtype=torch.bfloat16)
@@ -251,6 +253,24 @@ def test_gradients_have_the_bits_of_linear(isa, rows, out, inner):
     assert same_bits(dx[31:32], torch.ops.glm5.linear_dx(dy[31:32], w))
     assert relative_error(dx, dy.double() @ w.double()) < 3e-3
     assert relative_error(dw, dy.double().T @ x.double()) < 3e-3
+
+
+@pytest.mark.skipif("amx" not in _native.available_isas(), reason="this processor has no AMX")
+@pytest.mark.parametrize("m, n, k", [(1100, 128, 96), (2000, 512, 256), (300, 70, 600)])
+def test_gradient_of_weights_in_blocks_of_k(m, n, k):
+    """Stripes that pack both operands, a block of k at a time: the sums of one long chain, at any thread count."""
+    dy, x = gaussian(m, m, n, dtype=torch.bfloat16), gaussian(n, m, k, dtype=torch.bfloat16)
+    threads = torch.get_num_threads()
+    with _native.using_cpu_isa("amx"):
+        whole = ops.linear(dy.T.contiguous(), x.T.contiguous())
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                with _native.counted_paths() as counts:
+                    assert same_bits(torch.ops.glm5.linear_dw(dy, x), whole), count
+                assert count > 1 or k > 512 or "gemm amx blocks go on" in counts
+        finally:
+            torch.set_num_threads(threads)
 
 
 def test_only_the_gradients_asked_for_are_computed():

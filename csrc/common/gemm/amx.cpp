@@ -18,6 +18,8 @@ constexpr int64_t kTile = 16, kStep = 32;  // lines and k of one tile
 constexpr int64_t kTileElements = kTile * kStep;  // 1 KiB of bf16
 constexpr int64_t kChunkLines = 2048;  // of the packed operand, at most
 constexpr int64_t kBlockK = 2048;  // sums stay in tiles for this long at least
+constexpr int64_t kOwnBlockK = 256;  // where stripes pack all they read, at most: in L1 twice two lines of tiles of it fit
+constexpr int64_t kOwnTiles = 32;
 constexpr int64_t kPanelBytes = 1 << 20;  // of streamed lines: half of L2
 constexpr int64_t kNearBytes = 1 << 20;  // packed lines that stay in L2 beside them
 constexpr int64_t kWaveBytes = 32 << 20;  // packed at a time
@@ -275,9 +277,9 @@ struct Across {
   float* sums;  // 8 KiB
 };
 
-// Sums are in tiles for all of k, rounded and stored while the next block of them is made. What the next 32 lines need is brought
-// to L2 meanwhile, in the order of memory: a store to a line that is further off holds one of the few buffers that the packed
-// tiles come through as well.
+// Sums are in tiles for all of k, rounded and stored while the next block of them is made. What the next 32 lines need is
+// brought to L2 meanwhile, in the order of memory: a store to a line that is further off holds one of the few buffers that
+// the packed tiles come through as well.
 __attribute__((noinline)) void run_blocks_across(const Across& a) {
   const int64_t row_bytes = a.steps * kStep * 2, group_bytes = 2 * kTile * row_bytes, out_row = a.out_row;
   const float* earlier = nullptr;
@@ -335,6 +337,43 @@ __attribute__((noinline)) void run_blocks_across(const Across& a) {
   while (row < 2 * kTile) finish_four_rows();
 }
 
+// Lines in tiles side by side against pairs of packed tiles, for a part of k: sums, [line pair][tile pair][4 tiles], go on.
+__attribute__((noinline)) void run_blocks_on(const bf16* lines, int64_t line_pairs, int64_t line_tile, const bf16* packed,
+                                             int64_t pairs, int64_t packed_tile, int64_t steps, bool resume, float* sums) {
+  for (int64_t i = 0; i < line_pairs; ++i, lines += 2 * line_tile) {
+    const bf16* p = packed;
+    for (int64_t j = 0; j < pairs; ++j, p += 2 * packed_tile, sums += 1024) {
+      if (resume) {
+        _tile_loadd(0, sums, 64);
+        _tile_loadd(1, sums + 256, 64);
+        _tile_loadd(2, sums + 512, 64);
+        _tile_loadd(3, sums + 768, 64);
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      const bf16 *a0 = lines, *a1 = lines + line_tile, *b0 = p, *b1 = p + packed_tile;
+      for (int64_t s = 0; s < steps; ++s) {
+        _tile_loadd(6, b0, 64);
+        _tile_loadd(4, a0, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b1, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a1, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        a0 += kTileElements, a1 += kTileElements, b0 += kTileElements, b1 += kTileElements;
+      }
+      _tile_stored(0, sums, 64);
+      _tile_stored(1, sums + 256, 64);
+      _tile_stored(2, sums + 512, 64);
+      _tile_stored(3, sums + 768, 64);
+    }
+  }
+}
+
 // One product, lines [packed_first, packed_last) of its packed operand against all lines of the other.
 struct Unit {
   const GemmArgs* g;
@@ -343,6 +382,7 @@ struct Unit {
   int64_t offset;  // of its tiles, in elements from the start of the wave's memory
   int64_t stripe;  // streamed lines a task
   int64_t first_pack_task, first_task;
+  bool packs_own;  // every stripe packs the packed lines too, a block of k at a time
 };
 
 Side rows_of(const GemmArgs& g) { return {static_cast<const bf16*>(g.a), g.m, g.a_row, g.a_col}; }
@@ -355,6 +395,7 @@ int64_t packed_tiles(const Unit& u) { return ceil_div(u.packed_last - u.packed_f
 // How k is cut. Few packed lines: not at all, the sums stay in the tile registers. Else in long blocks: storing sums and
 // loading them again costs about as much as eight steps, and lines too long for L1 come from L2 nearly as fast.
 int64_t blocks_of(const Unit& u) {
+  if (u.packs_own) return ceil_div(steps_of(*u.g) * kStep, kOwnBlockK);
   return packed_tiles(u) <= 2 ? 1 : ceil_div(steps_of(*u.g) * kStep, kBlockK + kBlockK / 4);
 }
 int64_t block_steps_of(const Unit& u) {
@@ -367,11 +408,14 @@ int64_t block_steps_of(const Unit& u) {
 int64_t packed_offset(const Unit& u, int64_t block, int64_t tile) {
   return u.offset + (block * packed_tiles(u) + tile) * block_steps_of(u) * kTileElements;
 }
-int64_t unit_elements(const Unit& u) { return blocks_of(u) * packed_tiles(u) * block_steps_of(u) * kTileElements; }
+int64_t unit_elements(const Unit& u) {
+  return u.packs_own ? 0 : blocks_of(u) * packed_tiles(u) * block_steps_of(u) * kTileElements;
+}
 
 // Lines that are neighbours in memory are packed all together, a few steps a task: whole rows of memory are read, as
 // the hardware follows them. Others a pair of tiles a task.
 int64_t pack_tasks_of(const Unit& u) {
+  if (u.packs_own) return 0;
   return packed_of(u).k_stride == 1 ? ceil_div(packed_tiles(u), 2) : ceil_div(steps_of(*u.g), kPackSteps);
 }
 
@@ -467,6 +511,8 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
   // power of two apart would meet in few cache sets. Else two groups of lines after the other meet all packed lines.
   const bool far = packed_far(u);
   const bool pack = far || side.k_stride != 1;
+  Side packed_side = packed_of(u);
+  packed_side.count = u.packed_last;
   // Short lines side by side: the next ones are one piece of memory.
   const bool even = blocks == 1 && side.line_stride == g.k && g.k > 0 && g.k <= kEvenK && g.k % kStep == 0;
   GLM5_COUNT_PATH(far ? "gemm amx packed lines from afar" : "gemm amx packed lines near");
@@ -474,8 +520,10 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
   float* sums = static_cast<float*>(thread_scratch(kScratchSums, groups_kept * tiles_kept * 256 * sizeof(float)));
   // One step more than needed: groups do not begin a power of two apart.
   const int64_t panel_steps = block_steps + 1;
-  bf16* panel = static_cast<bf16*>(
-      thread_scratch(kScratchStream, (pack ? groups + groups % 2 : 2) * panel_steps * kTileElements * sizeof(bf16)));
+  const int64_t panel_elements = (pack ? groups + groups % 2 : 2) * panel_steps * kTileElements;
+  const int64_t own_elements = u.packs_own ? (tiles + 1) * block_steps * kTileElements : 0;
+  bf16* panel = static_cast<bf16*>(thread_scratch(kScratchStream, (panel_elements + own_elements) * sizeof(bf16)));
+  bf16* own_packed = panel + panel_elements;
 
   Beside beside{};
   int64_t parity = 0;
@@ -486,14 +534,28 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
     const bool resume = block > 0, finish = block + 1 >= blocks;
     if (resume) GLM5_COUNT_PATH("gemm amx resumes");
     if (pack) pack_panel(side, first, last, k0, k1, panel_steps, panel);
+    if (u.packs_own)
+      for (int64_t s = s0; s < s1; ++s)
+        for (int64_t tile = 0; tile < tiles; tile += 2) {
+          bf16* out = own_packed + (tile * block_steps + s - s0) * kTileElements;
+          pack_tile_pair<true>(packed_side, u.packed_first + tile * kTile, s * kStep, at_most(g.k, (s + 1) * kStep), out,
+                               out + block_steps * kTileElements);
+        }
+    const bf16* packed = u.packs_own ? own_packed : wave + packed_offset(u, block, 0);
+    if (pack && !finish && !far && groups % 2 == 0 && tiles % 2 == 0) {
+      GLM5_COUNT_PATH("gemm amx blocks go on");
+      run_blocks_on(panel, groups / 2, panel_steps * kTileElements, packed, tiles / 2, block_steps * kTileElements, s1 - s0,
+                    resume, sums);
+      continue;
+    }
     // Whole tiles of short lines, rows of c to be written: no more to decide until the end of the stripe.
     const int64_t whole = last - (last - first) % (2 * kTile);
     if (even && !far && !pack && !u.rows_are_packed && !g.accumulate && !g.bias && g.out_dtype == g.dtype && whole > first &&
         (u.packed_last - u.packed_first) % (2 * kTile) == 0) {
       GLM5_COUNT_PATH("gemm amx blocks across");
       run_blocks_across({reinterpret_cast<const char*>(side.data + first * side.line_stride), (whole - first) / (2 * kTile),
-                         all_steps, wave + packed_offset(u, 0, 0), tiles / 2,
-                         static_cast<bf16*>(g.c) + first * g.c_row + u.packed_first, g.c_row, sums});
+                         all_steps, packed, tiles / 2, static_cast<bf16*>(g.c) + first * g.c_row + u.packed_first, g.c_row,
+                         sums});
       first = whole;
       groups = ceil_div(last - first, kTile);
       if (groups == 0) return;
@@ -515,7 +577,7 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
                        side.line_stride * 2, kStep * 2};
       }
       GLM5_COUNT_PATH(direct ? "gemm amx streams in place" : "gemm amx streams through scratch");
-      const bf16* b0 = wave + packed_offset(u, block, tile);
+      const bf16* b0 = packed + tile * block_steps * kTileElements;
       const bf16* b1 = b0 + (two == 2 ? block_steps * kTileElements : 0);
       // Where sums need not wait for another block, two places take turns: one is stored while the other is made.
       float* c = sums + (blocks > 1 ? (group * tiles_kept + tile * 2) * 256 : (parity ^= 1) * 1024);
@@ -562,7 +624,7 @@ void run_stripe(const Unit& u, int64_t first, int64_t last, const bf16* wave) {
 int64_t units_of(const GemmArgs& g) { return ceil_div(at_most(g.m, g.n), kChunkLines); }
 
 // Writes the units of one product, chunks of its shorter operand.
-int64_t add_units(const GemmArgs& g, Unit* units) {
+int64_t add_units(const GemmArgs& g, int64_t threads, Unit* units) {
   if (g.m == 0 || g.n == 0) return 0;
   const bool rows = g.m <= g.n;
   const int64_t lines = rows ? g.m : g.n, count = units_of(g);
@@ -570,7 +632,12 @@ int64_t add_units(const GemmArgs& g, Unit* units) {
   const int64_t chunk = ceil_div(ceil_div(lines, count), 2 * kTile) * 2 * kTile;
   int64_t made = 0;
   for (int64_t first = 0; first < lines; first += chunk)
-    units[made++] = {&g, rows, first, at_most(lines, first + chunk), 0, 0, 0, 0};
+    units[made++] = {&g, rows, first, at_most(lines, first + chunk), 0, 0, 0, 0, false};
+  // Both operands lie across, as they do for the gradient of weights, and few lines are packed: packed by every stripe they
+  // stay in L2, which is worth the work as long as stripes are about as long.
+  Unit& u = units[0];
+  u.packs_own = made == 1 && packed_of(u).k_stride != 1 && streamed_of(u).k_stride != 1 && packed_tiles(u) > 2 &&
+                packed_tiles(u) <= kOwnTiles && 2 * streamed_of(u).count >= lines * threads && g.k > kOwnBlockK;
   return made;
 }
 
@@ -582,7 +649,7 @@ void gemm_bf16(const GemmArgs* products, int64_t count) {
   if (num_units == 0) return;
   Unit* units = static_cast<Unit*>(thread_scratch(kScratchTasks, num_units * sizeof(Unit)));
   num_units = 0;
-  for (int64_t i = 0; i < count; ++i) num_units += add_units(products[i], units + num_units);
+  for (int64_t i = 0; i < count; ++i) num_units += add_units(products[i], num_threads(), units + num_units);
 
   for (int64_t begin = 0; begin < num_units;) {
     int64_t end = begin, elements = 0, pack_tasks = 0, lines = 0;
@@ -614,7 +681,7 @@ void gemm_bf16(const GemmArgs* products, int64_t count) {
     int64_t tasks = 0;
     for (int64_t i = begin; i < end; ++i) {
       // Each reads all packed lines: fewer where those come from afar.
-      const int64_t wanted = (packed_far(units[i]) ? 2 : 4) * num_threads();
+      const int64_t wanted = (units[i].packs_own ? 1 : packed_far(units[i]) ? 2 : 4) * num_threads();
       int64_t stripe = panel_lines(units[i]);
       while (stripe > 2 * kTile && lines / stripe < wanted) stripe = ceil_div(stripe, 4 * kTile) * 2 * kTile;
       units[i].stripe = stripe;
@@ -636,7 +703,7 @@ void gemm_bf16_serial(const GemmArgs& product) {
   const int64_t num_units = units_of(product);
   if (num_units == 0) return;
   Unit* units = static_cast<Unit*>(thread_scratch(kScratchTasks, num_units * sizeof(Unit)));
-  const int64_t made = add_units(product, units);
+  const int64_t made = add_units(product, 1, units);
   configure();
   for (int64_t i = 0; i < made; ++i) {
     Unit& u = units[i];
