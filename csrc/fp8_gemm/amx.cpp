@@ -1,8 +1,8 @@
 // Products of e4m3 matrices on AMX tiles (contract: fp8_gemm.h). Lines of b (columns of the product) stream: a block of 32
-// or 64 lines x 128 of k (16 x 256 where there are few rows) is decoded to bf16 tiles in L1 and meets packed rows, up to 64 of them at a time. TDPBF16PS adds
-// 32 products to each of 16 x 16 sums in an order that no other row or column can change; four of them are a block's sum,
-// which leaves the tile unit to be scaled and added to the blocks before it. Scaling one block's sums and decoding the next
-// block's lines goes on beside the tile unit's work.
+// or 64 lines x 128 of k (16 x 256 where there are few rows) is decoded to bf16 tiles in L1 and meets packed rows, up to 64
+// of them at a time. TDPBF16PS adds 32 products to each of 16 x 16 sums in an order that no other row or column can change;
+// four of them are a block's sum, which leaves the tile unit to be scaled and added to the blocks before it. Scaling one
+// block's sums and decoding the next block's lines goes on beside the tile unit's work.
 #include "fp8_gemm/pairs.h"
 #include "fp8_gemm/units.h"
 
@@ -261,7 +261,7 @@ void finish_tile(const Unit& u, const float* totals, int64_t row, int64_t n, int
   for (int64_t i = 0; i < rows; ++i) store_columns(u, row + i, n, r[i], lanes);
 }
 
-// ---- One tile of rows: sixteen lines at a time, so that few streams of memory are followed, two blocks of k each -----------
+// ---- One tile of rows: sixteen lines at a time, so that few streams of memory are followed, two blocks of k each --------
 
 constexpr int64_t kFewK = 2 * kFp8Block;
 // Into L2: the same k of sixteen lines that lie whole pages apart would not stay in L1.
