@@ -257,6 +257,14 @@ def test_a_thought_within_content(text, thought):
     assert TEMPLATES["glm-5"].render([turn]).text == TEMPLATES["glm-5"].render([parted]).text
 
 
+def test_only_the_first_end_of_a_thought_within_content_is_one():
+    turn = {"role": "assistant", "content": "a</think>b</think>c"}
+    expected = "[gMASK]<sop><|assistant|><think>a</think>b</think>c"
+    rendered = TEMPLATES["glm-5"].render([turn])
+    assert rendered.text == expected == jinja_text(TEMPLATES["glm-5"], [turn], None)
+    assert TEMPLATES["glm-5"].parse(rendered.ids).messages[0]["content"] == "b</think>c"
+
+
 @given(conversations(TRICKY))
 def test_arguments_may_be_json_text(case):
     turns, tools, flags = case

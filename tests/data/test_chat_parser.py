@@ -38,6 +38,26 @@ def test_what_was_rendered_renders_again(version, case):
     assert again == read
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("enable_thinking", [True, False])
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "user", "content": "U"}, {"role": "assistant", "reasoning_content": " ", "content": "a"}],
+        [{"role": "assistant", "reasoning_content": " ", "content": "a"}, {"role": "user", "content": "U"}],
+        [{"role": "system", "content": "Reasoning Effort: Max"}],
+        [{"role": "system", "content": "Reasoning Effort: High"}, {"role": "user", "content": "U"}],
+        [{"role": "user", "content": "U"}, {"role": "assistant", "content": ""}],
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}, {"role": "assistant", "content": ""}],
+    ],
+)
+def test_what_could_be_read_in_two_ways_renders_again(version, enable_thinking, turns):
+    template = TEMPLATES[version]
+    ids = template.render(turns, enable_thinking=enable_thinking, clear_thinking=False).ids
+    read = template.parse(ids)
+    assert template.render(read.messages, read.tools, **read.options).ids.tolist() == ids.tolist()
+
+
 def test_bpe_ids_come_back_too():
     pytest.importorskip("tokenizers", reason="needs: pip install -c constraints.txt tokenizers")
     from tests.data.test_tokenizer import bpe
