@@ -21,8 +21,8 @@ from glm5.data import ByteTokenizer
 def write_model(folder: Path, layers: int) -> Path:
     """A small model of bytes in a Hugging Face directory."""
     model = Glm5ForCausalLM(Glm5Config.preset("tiny", num_hidden_layers=layers), seed=1)
-    model.extra_config["glm5_tokenizer"] = "bytes"
     model.save_pretrained(folder)
+    ByteTokenizer().save(folder)
     return folder
 
 

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from glm5.cli.main import main
+from glm5.data import ChatTemplate
 from glm5.recipes import load_recipe, recipe_names
 from tests.train.test_run import SMALL
 
@@ -126,6 +127,7 @@ def test_run_trains_reports_and_generates(tmp_path, capsys):
         assert capsys.readouterr().out == f"{tmp_path / form}\n"
         assert main(["generate", "--prompt", "def f", "--model", str(tmp_path / form), "--tokens", "5", "--seed", "3"]) == 0
         assert capsys.readouterr().out == first
+        assert (tmp_path / form / "chat_template.jinja").read_text() == ChatTemplate("glm-5").jinja
     (tmp_path / "foundation" / "evaluation.json").write_text('{"done": [')
     assert main(["run", "foundation", *SMALL, "--runs", str(tmp_path)]) == 1
     assert "evaluation.json is damaged; remove" in capsys.readouterr().err

@@ -32,7 +32,7 @@ def run(args) -> None:
     import torch
 
     from glm5.cli.progress import Bar
-    from glm5.data.text import BYTES_KEY
+    from glm5.data import ByteTokenizer, ChatTemplate
     from glm5.model.conversion import convert_checkpoint
     from glm5.train.run import load_run
 
@@ -46,10 +46,11 @@ def run(args) -> None:
         source = args.source
         if (source / "recipe.toml").is_file():
             model = load_run(source, lambda message: print(message, file=sys.stderr))
-            model.extra_config[BYTES_KEY] = "bytes"
             group_size = group_size or model.int4_group_size
             source = Path(scratch)
             model.save_pretrained(source, fused_experts=True)
+            ByteTokenizer().save(source)
+            ChatTemplate().save(source)
         with Bar(f"writing {args.target}") as bar:
             convert_checkpoint(source, args.target, args.to, group_size=group_size or 32, progress=bar, **options)
     print(args.target)

@@ -8,9 +8,6 @@ import numpy as np
 from glm5.data.bpe import BpeTokenizer, is_bytes, what_differs
 from glm5.data.tokenizer import ByteTokenizer, Tokenizer
 
-# In config.json of a model that was trained on bytes.
-BYTES_KEY = "glm5_tokenizer"
-
 
 class JsonTokenizer:
     """Another model's tokenizer.json, by the ``tokenizers`` package. ``decode`` drops special tokens.
@@ -37,7 +34,7 @@ class JsonTokenizer:
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer | JsonTokenizer:
-    """The tokenizer of a directory: its tokenizer.json, or bytes, if its config.json says so.
+    """The tokenizer of a directory: its tokenizer.json.
 
     A file with GLM-5's special tokens (which ``Tokenizer.save`` writes, and GLM-5 has) gives a ``ByteTokenizer`` or a
     ``BpeTokenizer``; any other file a ``JsonTokenizer``.
@@ -60,14 +57,8 @@ def load_tokenizer(folder: Path | str) -> Tokenizer | JsonTokenizer:
             return ByteTokenizer() if is_bytes(content) else BpeTokenizer(content)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    try:
-        kind = json.loads((folder / "config.json").read_bytes()).get(BYTES_KEY)
-    except (OSError, ValueError, AttributeError):
-        kind = None
-    if kind == "bytes":
-        return ByteTokenizer()
     raise ValueError(
-        f"{folder} has no tokenizer.json: put the model's there (or, if it reads bytes, {BYTES_KEY}: 'bytes' in config.json)"
+        f"{folder} has no tokenizer.json: put the model's there (for bytes: glm5.data.ByteTokenizer().save(folder))"
     )
 
 
