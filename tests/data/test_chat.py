@@ -102,10 +102,7 @@ def test_tools_are_listed_as_each_version_does():
 FEW, MANY = 150, 3000
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@settings(max_examples=FEW)
-@given(case=conversations(TRICKY))
-def test_the_jinja_template_says_the_same(version, case):
+def check_jinja(version, case):
     turns, tools, flags = case
     assert jinja_text(TEMPLATES[version], turns, tools, **flags) == TEMPLATES[version].render(turns, tools, **flags).text
 
@@ -139,10 +136,7 @@ def renderers():
     return {"glm-5": module.GLM5Renderer, "glm-5.1": module.GLM51Renderer}
 
 
-@pytest.mark.parametrize("version", ["glm-5", "glm-5.1"])
-@settings(max_examples=FEW)
-@given(case=conversations(PLAIN, lists=False, nones=False))
-def test_the_renderers_package_gives_the_same_tokens(renderers, version, case):
+def check_renderers(renderers, version, case):
     turns, tools, flags = case
     renderer = renderers[version](SplittingTokenizer())
     config = {name: flags[name] for name in ("enable_thinking", "clear_thinking")}
@@ -154,12 +148,29 @@ def test_the_renderers_package_gives_the_same_tokens(renderers, version, case):
     assert ours.messages.tolist() == theirs.message_indices
 
 
-@pytest.mark.slow
+COUNTS = [FEW, pytest.param(MANY, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_thousands_of_conversations(renderers, version):
-    settings(max_examples=MANY)(test_the_jinja_template_says_the_same)(version)
-    if version in renderers:
-        settings(max_examples=MANY)(test_the_renderers_package_gives_the_same_tokens)(renderers, version)
+def test_the_jinja_template_says_the_same(version, count):
+    @settings(max_examples=count)
+    @given(case=conversations(TRICKY))
+    def check(case):
+        check_jinja(version, case)
+
+    check()
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("version", ["glm-5", "glm-5.1"])
+def test_the_renderers_package_gives_the_same_tokens(renderers, version, count):
+    @settings(max_examples=count)
+    @given(case=conversations(PLAIN, lists=False, nones=False))
+    def check(case):
+        check_renderers(renderers, version, case)
+
+    check()
 
 
 @pytest.mark.parametrize("version", VERSIONS)
