@@ -46,6 +46,8 @@ class Case:
         peer_work: operations of one call of the peer, times ``peer_scale``, where they differ from ours.
         isa: instruction set to run ours on; None is the process's.
         goal_ratio, goal_share: what we want: peer time / our time at least this, share of the peak at least this.
+        unit: what ``work`` is told in where there is no peak: "GF/s" or "MB/s".
+        goal_rate: what we want: so much ``work`` a second.
         note: one line for the reader.
     """
 
@@ -64,6 +66,8 @@ class Case:
     goal_ratio: float | None = None
     goal_share: float | None = None
     note: str = ""
+    unit: str = "GF/s"
+    goal_rate: float | None = None
 
 
 @dataclass
@@ -109,6 +113,8 @@ class Result:
     note: str
     peer_rate: float | None = None
     peer_share: float | None = None
+    unit: str = "GF/s"
+    goal_rate: float | None = None
 
     @property
     def complaint(self) -> str | None:
@@ -248,7 +254,7 @@ def run_case(case: Case, peaks: Peaks, seconds: float, peer_times: dict[str, lis
     return Result(
         name=case.name, ours=ours, peer=peer, ratio=peer / ours if peer else None, rate=rate, peak=case.peak,
         peak_rate=None, share=None, peer_name=case.peer_name, isa=isa, load=os.getloadavg()[0],
-        goal_ratio=case.goal_ratio, goal_share=case.goal_share, note=case.note,
+        goal_ratio=case.goal_ratio, goal_share=case.goal_share, note=case.note, unit=case.unit, goal_rate=case.goal_rate,
         peer_rate=(case.peer_work or case.work) / peer if peer and case.work else None,
     )  # fmt: skip
 
@@ -307,6 +313,7 @@ def _seconds(value: float) -> str:
 
 
 _UNITS = {"read": "GB/s", "int8": "GOP/s"}
+_SCALES = {"MB/s": 1e6}
 
 
 def roofline(peaks: Peaks, isa: str) -> str:
@@ -329,7 +336,9 @@ def table(results: list[Result]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
-        unit = _UNITS.get(r.peak, "GF/s")
+        unit = _UNITS.get(r.peak, r.unit)
+        scale = _SCALES.get(unit, 1e9)
+        want_rate = None if r.goal_rate is None else r.goal_rate / scale
         share = f"{100 * r.share:.1f} % of {r.peak_rate / 1e9:.0f}" if r.share is not None else ""
         share += ", partly from caches" if r.share is not None and r.share > 1.0 else ""
         want_share = None if r.goal_share is None else 100 * r.goal_share
@@ -337,7 +346,7 @@ def table(results: list[Result]) -> str:
             f"| {r.name}{' (' + r.note + ')' if r.note else ''} | {r.isa} | {_seconds(r.ours)} "
             f"| {r.peer_name + ' ' + _seconds(r.peer) if r.peer else ''} "
             f"| {f'{r.ratio:.2f}x' if r.ratio else ''}{_mark(r.ratio, r.goal_ratio)} "
-            f"| {f'{r.rate / 1e9:.1f} {unit}' if r.rate else ''} "
+            f"| {f'{r.rate / scale:.1f} {unit}' if r.rate else ''}{_mark(r.rate and r.rate / scale, want_rate)} "
             f"| {share}{_mark(None if r.share is None else 100 * r.share, want_share)} | {r.load:.1f} |"
         )
     return "\n".join(lines)

@@ -11,6 +11,7 @@ LIBRARIES = {
     "torchao": ("torchao", "pip install --no-deps torchao"),
     "kt": ("kt_kernel", "pip install --no-deps kt-kernel==0.7.2; pip install safetensors gguf"),
     "transformers": ("transformers", "pip install -c constraints.txt transformers"),
+    "datasketch": ("datasketch", "pip install datasketch"),
 }
 _wanted: set[str] = set(LIBRARIES)
 _missing: dict[str, str] = {}

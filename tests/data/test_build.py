@@ -156,12 +156,14 @@ def test_a_folder_is_built_once_and_belongs_to_its_recipe(tmp_path):
 
 def test_bpe_is_learnt_from_what_is_trained_on(tmp_path):
     pytest.importorskip("tokenizers", reason="needs: pip install -c constraints.txt tokenizers")
-    texts = [f"the value of {i} is {i * i}" for i in range(60)]
+    sides = [is_held_out(f"rows/a.jsonl:{i + 1}", 4) for i in range(60)]
+    texts = [f"{'qqx' * 9 if side else 'the value'} of {i} is {i * i}" for i, side in enumerate(sides)]
     source = rows(tmp_path / "a.jsonl", texts)
     data = build_data(recipe({"rows": source}, tokenizer={"kind": "bpe", "vocab_size": 330}), tmp_path / "a")
     tokenizer = data.tokenizer()
     assert data.manifest.tokenizer.kind == "bpe" and 300 < tokenizer.vocab_size <= 330
     web = data.domain("web")
+    assert any(sides) and len(tokenizer.encode("qqx")) == 3 and len(tokenizer.encode(" the value of")) < 5
     kept = [tokenizer.decode(web.tokens(i)) for i in range(web.num_documents)]
     assert set(kept) < set(texts) and web.num_tokens < 0.8 * sum(map(len, kept))
     again = recipe({"rows": source}, tokenizer={"kind": "folder", "path": str(tmp_path / "a" / "tokenizer")})

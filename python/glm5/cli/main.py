@@ -67,6 +67,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"glm5 {args.name}: {_explain(error)} (GLM5_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        hint = "; the same command goes on from the last checkpoint" if hasattr(args, "overrides") else ""
+        hint = "; the same command goes on from the last checkpoint" if hasattr(args, "runs") else ""
         print(f"\nglm5 {args.name}: interrupted{hint}", file=sys.stderr)
         return 130

@@ -21,7 +21,7 @@ HELD_OUT = np.uint64(1) << np.uint64(63)  # in a rank: after every document with
 BLOCK_BYTES = 1 << 16  # text hashed at once: the arrays stay in the cache
 _RUN_RECORDS = 1 << 17  # sorted in memory at once
 _RUNS_AT_ONCE = 64  # merged in one pass; where there are more, there are more passes
-_PAIRS_AT_ONCE = 1 << 14
+_PAIRS_AT_ONCE = 1 << 12
 
 _EMPTY = np.uint32(0xFFFFFFFF)
 _U = np.uint64

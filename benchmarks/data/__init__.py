@@ -1,0 +1,1 @@
+"""The road from text to batches, as ``benchmarks/ops`` has the ops."""
