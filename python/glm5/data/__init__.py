@@ -4,6 +4,7 @@ from glm5.data.batches import Batch, PackedDataset
 from glm5.data.bpe import BpeTokenizer, train_bpe
 from glm5.data.chat import ChatError, ChatTemplate
 from glm5.data.corpus import Corpus, CorpusError, python_stdlib
+from glm5.data.mixture import MixedDataset
 from glm5.data.shards import DataError, DataFolder, DataWriter, open_data
 from glm5.data.text import load_tokenizer
 from glm5.data.tokenizer import ByteTokenizer, Tokenizer
@@ -19,6 +20,7 @@ __all__ = [
     "DataError",
     "DataFolder",
     "DataWriter",
+    "MixedDataset",
     "PackedDataset",
     "Tokenizer",
     "load_tokenizer",
