@@ -43,7 +43,7 @@ def test_overrides_reach_nested_keys_and_change_the_digest():
             r"foundation\.toml: unknown key stages\.pretrain\.step; did you mean stages\.pretrain\.steps\?",
         ),
         (["sed=3"], r"unknown key sed; did you mean seed\?"),
-        (["data.zzz=3"], r"unknown key data\.zzz; known here: corpus"),
+        (["data.zzz=3"], r"unknown key data\.zzz; known here: build"),
         (["stages.pretrain.steps=-1"], r"stages\.pretrain\.steps: got -1: .*greater than 0"),
         (["stages.pretrain.kind=dsa"], "stages.pretrain.kind: got 'dsa'"),
         (["name=../x"], "name: got '../x'"),

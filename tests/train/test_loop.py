@@ -85,7 +85,7 @@ def one_step(stage, overrides, folder, model=None):
     prepare(recipe)
     run = open_run(recipe, folder)
     model = model or build_model(recipe)
-    dataset = run.dataset("train", recipe.stages[stage].sequence_length)
+    dataset = run.dataset("code", recipe.stages[stage].sequence_length)
     try:
         train_stage(model, stage, stage_of(recipe, stage), dataset, 0, StageState(), run.metrics, lambda state: None)
     finally:
@@ -131,7 +131,7 @@ def test_a_stage_asks_for_nothing_that_it_does_not_train(kind, before, tmp_path)
     model = build_model(small_recipe())
     stage = KINDS[kind](StageRecipe(kind=kind, steps=1), before)
     run = open_run(small_recipe(), tmp_path)
-    batch = run.dataset("train", 64).batch(0, 2)
+    batch = run.dataset("code", 64).batch(0, 2)
     run.close()
     stage.form.give(model)
     total_loss(stage.losses(model, batch), stage.recipe).backward()  # with every parameter asking for a gradient
@@ -157,10 +157,14 @@ def test_stages_of_one_length_go_through_the_train_text_once(tmp_path, monkeypat
     run.close()
     packs = [bytes_of(pack) for name in STAGES[1:] for batch in drawn[name] for pack in batch.split(64)]
     assert len(set(packs)) == len(packs) == 3 * 5 * 2
-    train, held_out = b"\0".join(run.corpus.train), b"\0".join(run.corpus.validation)
+    train, held_out = (text_of(run.data.domain(name)) for name in ("code", "code/validation"))
     pieces = [piece for pack in packs for piece in pack.split(b"\xff") if len(piece) > 40]
     assert pieces and all(piece in train for piece in pieces)
     assert sum(piece in held_out for piece in pieces) < len(pieces) / 4
+
+
+def text_of(domain) -> bytes:
+    return b"\0".join(bytes_of(torch.from_numpy(domain.tokens(i).astype(int))) for i in range(domain.num_documents))
 
 
 def bytes_of(pack: torch.Tensor) -> bytes:

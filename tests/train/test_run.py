@@ -24,7 +24,7 @@ from glm5.train.run import build_model, open_run, prepare, run_stages
 from glm5.train.stages import stage_of
 
 STAGES = ("pretrain", "midtrain", "dsa-warmup", "dsa-sparse")
-SMALL = [
+SMALL_MODEL = [
     "threads=1",
     *(
         f"model.overrides.{key}"
@@ -36,6 +36,9 @@ SMALL = [
             "intermediate_size=32",
         )
     ),
+]
+SMALL = [
+    *SMALL_MODEL,
     *(
         f"stages.{stage}.{key}"
         for stage in STAGES

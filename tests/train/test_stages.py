@@ -12,29 +12,25 @@ from glm5 import Glm5ForCausalLM, ops
 from glm5.cli.main import main
 from glm5.model.int4 import quantized_experts
 from glm5.model.int4_formats import CompressedTensorsInt4, from_compressed_tensors
-from glm5.recipes import Recipe, RecipeError, StageRecipe
+from glm5.recipes import Recipe, RecipeError, StageRecipe, load_recipe
 from glm5.train import loop
 from glm5.train.run import build_model, load_run
 from glm5.train.stages import KINDS, ModelForm, stage_of
 from tests.model import shapes
-from tests.train.test_run import Killed, carry_out, final_state, small_recipe
+from tests.train.test_run import SMALL_MODEL, Killed, carry_out, final_state, small_recipe
 
 THETA = 2e4  # the preset has 1e6
+LADDER_THETAS = {"pretrain": 1e4, "midtrain-1k": 1e6}  # 1.6e7 from midtrain-4k on
 
 
-def ladder() -> Recipe:
-    """Every kind of stage, three updates each, and two rungs of mid-training."""
-    small, common = small_recipe(), dict(steps=3, packs_per_step=2, checkpoint_every=2, mtp_depth=1)
-    stages = {
-        "pretrain": dict(kind="pretrain", sequence_length=32),
-        "midtrain-64": dict(kind="midtrain", sequence_length=64, rope_theta=THETA),
-        "midtrain-128": dict(kind="midtrain", sequence_length=128),
-        "dsa-warmup": dict(kind="dsa-warmup", sequence_length=128),
-        "dsa-sparse": dict(kind="dsa-sparse", sequence_length=128),
-        "sft": dict(kind="sft", sequence_length=128, int4_group_size=32),
-    }
-    values = small.model_dump() | {"name": "ladder", "stages": {n: common | s for n, s in stages.items()}}
-    return Recipe.model_validate(values)
+def ladder(*overrides) -> Recipe:
+    """The recipe ``tiny`` at a very small size: every kind of stage, three updates each, two rungs of mid-training."""
+    names, lengths = list(load_recipe("tiny").stages), (32, 64, 128, 128, 128, 128)
+    keys = ("steps=3", "packs_per_step=2", "checkpoint_every=2", "validate_every=2")
+    small = [f"stages.{name}.{key}" for name in names for key in keys]
+    small += [f"stages.{name}.sequence_length={length}" for name, length in zip(names, lengths, strict=True)]
+    small += ["evaluation.sequence_length=128", "evaluation.packs=2", "evaluation.sample_tokens=4"]
+    return load_recipe("tiny", [*SMALL_MODEL, *small, *overrides])
 
 
 STAGES = tuple(ladder().stages)
@@ -177,7 +173,7 @@ def test_a_group_size_that_cannot_be_is_refused(size):
 def uninterrupted(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     carry_out(ladder(), runs)
-    return runs / "ladder"
+    return runs / "tiny"
 
 
 def test_every_stage_trains_and_is_measured(uninterrupted):
@@ -187,7 +183,7 @@ def test_every_stage_trains_and_is_measured(uninterrupted):
     steps = [(row["stage"], row["step"]) for row in rows if "lr_factor" in row]
     assert steps == [(stage, step) for stage in STAGES for step in (1, 2, 3)]
     model = load_run(uninterrupted)
-    assert (model.attention, model.config.rope_theta, model.int4_group_size) == ("sparse", THETA, 32)
+    assert (model.attention, model.config.rope_theta, model.int4_group_size) == ("sparse", 1.6e7, 32)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -208,16 +204,16 @@ def test_killed_at_a_boundary_and_resumed_it_ends_with_the_same_bits(uninterrupt
             carry_out(ladder(), tmp_path)
     monkeypatch.setattr(loop, "total_loss", total_loss)
     carry_out(ladder(), tmp_path)
-    assert final_state(tmp_path / "ladder", STAGES) == final_state(uninterrupted, STAGES)
+    assert final_state(tmp_path / "tiny", STAGES) == final_state(uninterrupted, STAGES)
 
 
 def test_stage_by_stage_equals_all_at_once(uninterrupted, tmp_path):
     for stage in STAGES:
         carry_out(ladder(), tmp_path, last=stage)
-        form, model = stage_of(ladder(), stage).form, load_run(tmp_path / "ladder")
+        form, model = stage_of(ladder(), stage).form, load_run(tmp_path / "tiny")
         assert (model.attention, model.int4_group_size) == (form.attention, form.int4_group_size)
-        assert model.config.rope_theta == (form.rope_theta or 1e6)
-    assert final_state(tmp_path / "ladder", STAGES) == final_state(uninterrupted, STAGES)
+        assert model.config.rope_theta == LADDER_THETAS.get(stage, 1.6e7)
+    assert final_state(tmp_path / "tiny", STAGES) == final_state(uninterrupted, STAGES)
 
 
 def test_a_run_that_learnt_int4_is_exported_as_it_learnt(uninterrupted, tmp_path, capsys):

@@ -97,7 +97,7 @@ def test_evaluation_reads_held_out_text_in_the_form_of_the_stage(tmp_path, monke
     for form in ("dense", "sparse"):
         model.attention = form
         Evaluator(run, model).validation_loss()
-    held_out = run.dataset("validation", recipe.evaluation.sequence_length)
+    held_out = run.dataset("code/validation", recipe.evaluation.sequence_length)
     run.close()
     assert [form for form, _ in asked] == ["dense", "sparse"]
     assert all(torch.equal(tokens[:64], held_out.collate([0]).tokens) for _, tokens in asked)

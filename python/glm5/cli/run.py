@@ -4,7 +4,7 @@ from pathlib import Path
 
 NAME = "run"
 
-RECIPE_HELP = "foundation (minutes), small (an evening), or a .toml file"
+RECIPE_HELP = "tiny or foundation (minutes), small (an evening), or a .toml file"
 
 
 def add_arguments(parser) -> None:

@@ -33,11 +33,20 @@ class Batch:
         return int(((self.targets >= 0) & (self.targets < 256)).sum())
 
 
+# Token ids, and where there is a loss mask, nonzero for those that are targets which count.
+Document = tuple[np.ndarray, np.ndarray | None]
+
+
+def domain_documents(domain) -> list[Document]:
+    """All documents of a ``shards.Domain``."""
+    return [(domain.tokens(i), domain.mask(i)) for i in range(domain.num_documents)]
+
+
 class PackedDataset:
     """`documents` as packs of `sequence_length` tokens.
 
     Args:
-        documents: raw bytes, in a fixed order.
+        documents: raw bytes, which become byte tokens, or token ids with their masks; in a fixed order.
         sequence_length: the longest piece, and the size of a pack.
         seed: decides how pieces are packed and in which order epochs visit the packs.
 
@@ -45,20 +54,23 @@ class PackedDataset:
         ValueError: no documents, or a sequence length below 2.
     """
 
-    def __init__(self, documents: list[bytes], sequence_length: int, seed: int):
+    def __init__(self, documents: list[bytes] | list[Document], sequence_length: int, seed: int):
         if not documents:
             raise ValueError("PackedDataset: documents is empty, want at least one")
         if sequence_length < 2:
             raise ValueError(f"PackedDataset: sequence_length is {sequence_length}, want at least 2")
         self.sequence_length, self.seed = sequence_length, seed
         tokenizer = ByteTokenizer()
-        encoded = [tokenizer.encode_document(document) for document in documents]
+        if isinstance(documents[0], bytes):
+            documents = [(tokenizer.encode_document(document), None) for document in documents]
+        encoded = [ids for ids, _ in documents]
+        counted = [np.ones(len(ids), bool) if mask is None else mask != 0 for ids, mask in documents]
         self._eos = tokenizer.eos_id
         self._tokens = np.concatenate(encoded)  # [all tokens of all documents]
         lengths = np.array([len(document) for document in encoded])
-        # The last token of a document has no target; every other one is followed by its target, pieces or not.
-        self._is_last = np.zeros(len(self._tokens), bool)
-        self._is_last[np.cumsum(lengths) - 1] = True
+        # A token's target is the next one, pieces or not, if that counts; the last of a document has none.
+        self._has_target = np.append(np.concatenate(counted)[1:], False)
+        self._has_target[np.cumsum(lengths) - 1] = False
 
         starts = np.cumsum(lengths) - lengths
         begins = np.concatenate([np.arange(s, s + n, sequence_length) for s, n in zip(starts, lengths, strict=True)])
@@ -98,7 +110,7 @@ class PackedDataset:
             base, used = i * size, pack.num_tokens
             source = np.concatenate([np.arange(self._begins[d], self._begins[d] + self._lengths[d]) for d in pack.documents])
             tokens[base : base + used] = self._tokens[source]
-            has_target = ~self._is_last[source]
+            has_target = self._has_target[source]
             targets[base : base + used][has_target] = self._tokens[source[has_target] + 1]
             positions[base : base + used] = pack.positions()
             ks[base : base + used] = base + pack.ks()

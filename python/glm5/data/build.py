@@ -21,7 +21,7 @@ from glm5.data.shards import MANIFEST, VALIDATION, DataError, DataFolder, DataWr
 from glm5.data.sources import Document
 from glm5.data.text import load_tokenizer
 from glm5.data.tokenizer import ByteTokenizer, Tokenizer
-from glm5.recipes.data_schema import BuildRecipe, TokenizerRecipe
+from glm5.recipes.data_schema import BuildRecipe, ConversationsSource, DialoguesSource, SourceRecipe, TokenizerRecipe
 
 # What is set aside before it is hashed together: a few blocks of signatures.
 _BATCH_BYTES, _BATCH_DOCUMENTS = 1 << 20, 256
@@ -78,12 +78,35 @@ def build_data(recipe: BuildRecipe, out: Path | str, progress: Progress = lambda
                     progress("reading", staged.bytes, None)
             staged.compare(progress)
             tokenizer = writer.tokenizer = _tokenizer(recipe.tokenizer, staged, progress)
-            for domain, licence, text in staged.kept(progress):
-                writer.add(domain, tokenizer.encode_document(text), num_bytes=len(text), licence=licence)
+            write = {name: _encoder(name, source, tokenizer) for name, source in recipe.sources.items()}
+            for source, document_id, domain, licence, text in staged.kept(progress):
+                num_bytes = len(text)
+                for tokens, mask in write[source](document_id, text):
+                    writer.add(domain, tokens, mask=mask, num_bytes=num_bytes, licence=licence)
+                    num_bytes = 0  # a conversation may become several documents
         finally:
             staged.close()
         _want_something(recipe, staged.counts, writer)
         return writer.finish(staged.filter_counts())
+
+
+def _encoder(name: str, source: SourceRecipe, tokenizer: Tokenizer) -> Callable[[str, bytes], list[tuple]]:
+    """(document id, text) -> [(tokens, mask or None), ...] for the documents of a source."""
+    if not isinstance(source, ConversationsSource | DialoguesSource):
+        return lambda _, text: [(tokenizer.encode_document(text), None)]
+    from glm5.data.chat import ChatTemplate
+    from glm5.data.conversations import chat_documents, mode_of, parse_record
+
+    template = ChatTemplate(source.version, tokenizer)
+
+    def encode(document_id: str, text: bytes):
+        try:
+            documents = chat_documents(parse_record(text), template, mode_of(document_id, source.thinking))
+        except ValueError as error:
+            raise DataError(f"source {name}: {document_id}: {error}") from None
+        return [(document.ids, document.mask) for document in documents]
+
+    return encode
 
 
 class _Staged:
@@ -141,21 +164,21 @@ class _Staged:
         self._records.seek(0)
         return map(json.loads, self._records)
 
-    def _each(self) -> Iterator[tuple[str | None, str, str, bool, bytes]]:
-        """(rule that drops it or None, source, licence, held out, text) of all documents in the order of adding."""
+    def _each(self) -> Iterator[tuple[str | None, str, str, str, bool, bytes]]:
+        """(rule that drops it or None, id, source, licence, held out, text) of all documents in the order of adding."""
         self._text.seek(0)
         drops = self._duplicates.drops()
         drop = next(drops, None)
-        for number, (_, size, source, licence, held_out) in enumerate(self._each_record()):
+        for number, (document_id, size, source, licence, held_out) in enumerate(self._each_record()):
             rule = None
             if drop is not None and drop[0] == number:
                 rule, drop = drop[1], next(drops, None)
-            yield rule, source, licence, held_out, self._text.read(size)
+            yield rule, document_id, source, licence, held_out, self._text.read(size)
 
     def sample(self, num_bytes: int, progress: Progress) -> Iterator[bytes]:
         """Training documents from the first on, until they have so many bytes."""
         done = 0
-        for rule, _, _, held_out, text in self._each():
+        for rule, _, _, _, held_out, text in self._each():
             if done >= num_bytes:
                 break
             if not rule and not held_out:
@@ -163,15 +186,16 @@ class _Staged:
                 done += len(text)
                 progress("learning BPE", done, min(num_bytes, self.bytes))
 
-    def kept(self, progress: Progress) -> Iterator[tuple[str, str, bytes]]:
-        """(domain, licence, text) of what is not a duplicate; the others are counted."""
+    def kept(self, progress: Progress) -> Iterator[tuple[str, str, str, str, bytes]]:
+        """(source, id, domain, licence, text) of what is not a duplicate; the others are counted."""
         done = 0
-        for rule, source, licence, held_out, text in self._each():
+        for rule, document_id, source, licence, held_out, text in self._each():
             if rule:
                 self.counts[source]["kept"] -= 1
                 self.counts[source][rule] += 1
             else:
-                yield self._recipe.sources[source].domain + VALIDATION * held_out, licence, text
+                domain = self._recipe.sources[source].domain + VALIDATION * held_out
+                yield source, document_id, domain, licence, text
             done += len(text)
             progress("writing", done, self.bytes)
 

@@ -16,6 +16,8 @@ from pathlib import Path, PurePosixPath
 
 from glm5.data import repository
 from glm5.recipes.data_schema import (
+    ConversationsSource,
+    DialoguesSource,
     FolderSource,
     GitSource,
     JsonlSource,
@@ -252,9 +254,12 @@ def _row(source, file: str, number: int, fields: dict, place: str) -> Document:
     return Document(str(name), text.encode("utf-8", "surrogatepass"), file, str(licence) if licence else "unknown")
 
 
+_JSONL = (".jsonl", ".jsonl.gz")
+
+
 def _jsonl(source: JsonlSource, max_bytes: int) -> Iterator[Document]:
     longest = 6 * max_bytes + (1 << 20)  # JSON may write a byte as six characters, and there are other fields
-    for name, path in _row_files(source.path, (".jsonl", ".jsonl.gz")):
+    for name, path in _row_files(source.path, _JSONL):
         with gzip.open(path, "rb") if name.endswith(".gz") else open(path, "rb") as file:
             number = 0
             while line := _line(file, longest, path):
@@ -274,6 +279,29 @@ def _jsonl(source: JsonlSource, max_bytes: int) -> Iterator[Document]:
                     if not isinstance(fields, dict):
                         raise SourceError(f"{path}:{number}: want a JSON object, got {type(fields).__name__}")
                     yield _row(source, name, number, fields, f"{path}:{number}")
+
+
+# ---- conversations, each as the JSON of its record ----
+
+
+def _conversations(source: ConversationsSource, max_bytes: int) -> Iterator[Document]:
+    for name, path in _row_files(source.path, _JSONL):
+        with gzip.open(path, "rb") if name.endswith(".gz") else open(path, "rb") as file:
+            number = 0
+            while line := _line(file, max_bytes, path):
+                number += 1
+                whole = len(line) <= max_bytes
+                while len(line) > max_bytes and not line.endswith(b"\n") and (line := file.readline(1 << 20)):
+                    pass
+                if not whole or line.strip():
+                    yield Document(f"{name}:{number}", line.strip() if whole else None, name)
+
+
+def _dialogues(source: DialoguesSource, max_bytes: int) -> Iterator[Document]:
+    from glm5.data.dialogues import dialogues
+
+    for number, record in enumerate(dialogues(source.seed, source.count)):
+        yield Document(f"{source.seed}:{number}", json.dumps(record, ensure_ascii=False).encode(), "dialogues.jsonl")
 
 
 def _line(file, longest: int, path: Path) -> bytes:
@@ -311,4 +339,6 @@ _READERS = {
     "python-stdlib": _stdlib,
     "jsonl": _jsonl,
     "parquet": _parquet,
+    "conversations": _conversations,
+    "dialogues": _dialogues,
 }

@@ -7,7 +7,16 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    StringConstraints,
+    model_validator,
+)
 
 SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
@@ -109,8 +118,40 @@ class ParquetSource(_Rows):
     kind: Literal["parquet"] = "parquet"
 
 
+class _Chat(_Source):
+    """Conversations: documents with a loss mask, in a domain of their own. Filters see the JSON of their records."""
+
+    version: Literal["glm-5", "glm-5.1", "glm-5.2"] = "glm-5"  # of the chat format
+    # Of conversations that do not say how they think, what share has which mode.
+    thinking: dict[Literal["interleaved", "preserved", "off"], NonNegativeFloat] = Field({"interleaved": 1.0}, min_length=1)
+
+
+class ConversationsSource(_Chat):
+    """JSONL of conversations, as ``glm5.data.conversations`` describes them."""
+
+    kind: Literal["conversations"] = "conversations"
+    path: str  # a file, or a folder of them
+
+
+class DialoguesSource(_Chat):
+    """Conversations that ``glm5.data.dialogues`` makes up."""
+
+    kind: Literal["dialogues"] = "dialogues"
+    licence: str | None = "CC0-1.0"
+    count: PositiveInt
+    seed: NonNegativeInt = 0
+
+
 SourceRecipe = Annotated[
-    FolderSource | GitSource | PackageSource | StdlibSource | JsonlSource | ParquetSource, Field(discriminator="kind")
+    FolderSource
+    | GitSource
+    | PackageSource
+    | StdlibSource
+    | JsonlSource
+    | ParquetSource
+    | ConversationsSource
+    | DialoguesSource,
+    Field(discriminator="kind"),
 ]
 
 

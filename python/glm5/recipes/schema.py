@@ -32,8 +32,7 @@ class ModelRecipe(_Strict):
 
 
 class DataRecipe(_Strict):
-    corpus: Literal["python-stdlib"] = "python-stdlib"
-    validation_one_in: int = Field(20, ge=2)
+    build: str = "python-stdlib"  # data recipe, by name or path; built under the folder of runs if it is not there
 
 
 # Keys that mean something to stages of one kind alone.
@@ -47,6 +46,7 @@ class StageRecipe(_Strict):
     steps: PositiveInt
     sequence_length: int = Field(1024, ge=2)
     packs_per_step: PositiveInt = 8  # a step trains on packs_per_step * sequence_length tokens
+    mix: dict[str, PositiveFloat] = Field(default_factory=dict)  # domain -> share of the packs; none named: the only domain
     muon_lr: PositiveFloat = 0.01
     adamw_lr: PositiveFloat = 0.003
     indexer_lr: PositiveFloat = 0.003
@@ -77,12 +77,14 @@ class StageRecipe(_Strict):
 
 
 class EvaluationRecipe(_Strict):
+    domain: str = ""  # whose held-out documents are measured after every stage; not named: the first stage's main one
     sequence_length: int = Field(1024, ge=2)
     packs: PositiveInt = 64
     packs_per_batch: PositiveInt = 8
     sample_prompt: str = "def "
     sample_tokens: NonNegativeInt = 240
     sample_temperature: NonNegativeFloat = 0.7
+    chat_prompts: tuple[str, ...] = ()  # first messages to a model that has learnt conversations
 
 
 class Recipe(_Strict):

@@ -6,22 +6,28 @@ An evaluation is a function of the weights at the end of its stage, so a resumed
 import json
 from functools import partial
 
+import torch
+
 from glm5._files import write_atomically
-from glm5.data import ByteTokenizer
+from glm5.data import ByteTokenizer, ChatTemplate
+from glm5.data.shards import VALIDATION
 from glm5.model.selection import last_keys, random_keys
 from glm5.train.stages import stage_of
 from glm5.train.validation import batches, indexer_kl, language_loss, selection_recall
 
-_KL_PACKS = 16
-_RECALL_PACKS = 8
-_PERIODIC_PACKS = 16
-# What a reader should call a measurement; one that ends in a blank goes on with the name of the stage.
+# Of the recipe's packs, one in so many is enough for these.
+_KL_SHARE = 4
+_RECALL_SHARE = 8
+_PERIODIC_SHARE = 4
+# What a reader should call a measurement.
 _TITLES = {
-    "dense": "dense, after ",
+    "dense": "dense, after {stage}",
     "untrained": "sparse, indexer untrained",
-    "sparse": "sparse, after ",
+    "sparse": "sparse, after {stage}",
     "window": "  with a last-k window instead",
     "random": "  with random keys instead",
+    "before": "  {domain}, before {stage}",
+    "own": "  {domain}, after {stage}",
 }
 
 
@@ -54,7 +60,7 @@ class Evaluator:
 
     def validation_loss(self) -> float:
         """Nats per byte on a few packs, in the model's present form of attention."""
-        return language_loss(self.model, self.model.attention, self._held_out(_PERIODIC_PACKS))["nats_per_byte"]
+        return language_loss(self.model, self.model.attention, self._held_out(_PERIODIC_SHARE))["nats_per_byte"]
 
     def after(self, name: str) -> None:
         """Measures what the stage called `name` is about, unless that was done before."""
@@ -69,18 +75,25 @@ class Evaluator:
             found = self._after_dense(stage, adapts_next=any(other.indexer == "warmup" for other in following))
         else:
             found = self._after_sparse(stage)
-        for label, numbers in found.items():
-            title = f"{_TITLES[label]}{name}" if _TITLES[label].endswith(" ") else _TITLES[label]
-            self.results["measured"][f"{name}/{label}"] = {"title": title} | numbers
+        self._keep(name, found)
+        # A stage with data of its own: what it made of their held-out part, and what they cost before it.
+        for label, other in [("own", name), *(("before", other) for other in names[names.index(name) + 1 :][:1])]:
+            if (domain := self.run.main_domain(other)) != self._domain():
+                self._keep(other, {label: self._loss(stage.form.attention, domain=domain)}, domain)
         if name == names[-1]:
-            self.results["samples"] = [self._sample(stage.form.attention)]
+            self.results["samples"] = [self._sample(stage.form.attention), *self._answers(stage.form.attention)]
         self.results["about"] = {
             "topk": self.model.config.index_topk,
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "text": f"{sum(map(len, self.run.corpus.train)) / 1e6:.1f} MB of Python source",
+            "text": self._about_data(),
         }
         self.results["done"].append(name)
         write_atomically(self.path, json.dumps(self.results, indent=1))
+
+    def _keep(self, stage: str, found: dict, domain: str = "") -> None:
+        for label, numbers in found.items():
+            title = _TITLES[label].format(stage=stage, domain=domain)
+            self.results["measured"][f"{stage}/{label}"] = {"title": title} | numbers
 
     def _after_dense(self, stage, adapts_next: bool) -> dict:
         """`adapts_next`: the next stage warms the indexers up, so what they are like before is of interest."""
@@ -108,15 +121,15 @@ class Evaluator:
             "random": self._loss("sparse", partial(random_keys, self.run.recipe.seed)),
         }
 
-    def _loss(self, attention: str, select=None) -> dict:
-        return language_loss(self.model, attention, self._held_out(self.recipe.packs), select)
+    def _loss(self, attention: str, select=None, domain: str | None = None) -> dict:
+        return language_loss(self.model, attention, self._held_out(domain=domain), select)
 
     def _kl(self, indexer: str, stage) -> float:
-        return indexer_kl(self.model, self._held_out(_KL_PACKS), indexer, stage.recipe.mtp_depth)
+        return indexer_kl(self.model, self._held_out(_KL_SHARE), indexer, stage.recipe.mtp_depth)
 
     def _recall(self, attention: str, steps: int) -> dict:
         """Recall of the indexer; both its and the window's join the curve, `steps` after the last point."""
-        measured = selection_recall(self.model, attention, self._held_out(_RECALL_PACKS, packs_per_batch=1))
+        measured = selection_recall(self.model, attention, self._held_out(_RECALL_SHARE, packs_per_batch=1))
         curve = self.results.setdefault("recalls", [])
         curve.append({"at": (curve[-1]["at"] if curve else 0) + steps} | measured)
         return {"recall": measured["indexer"]}
@@ -132,20 +145,46 @@ class Evaluator:
         )
         return {"title": f"A sample, {attention} attention", "prompt": self.recipe.sample_prompt, "text": text}
 
-    def _held_out(self, packs: int, packs_per_batch: int | None = None):
-        dataset = self.run.dataset("validation", self.recipe.sequence_length)
-        return batches(dataset, packs, packs_per_batch or self.recipe.packs_per_batch)
+    def _answers(self, attention: str) -> list[dict]:
+        """What the model says to each of the recipe's ``chat_prompts``, with thoughts and without."""
+        template, found = ChatTemplate("glm-5"), []
+        for prompt in self.recipe.chat_prompts:
+            for thinks in (True, False):
+                messages = [{"role": "user", "content": prompt}]
+                asked = template.render(messages, add_generation_prompt=True, enable_thinking=thinks)
+                ids = torch.from_numpy(asked.ids).long()
+                options = dict(temperature=0.0, stop_tokens=template.stop_ids)
+                out = generate_ids(self.model, ids, self.recipe.sample_tokens, attention, **options)
+                text = template.tokenizer.decode(out.tolist(), skip_special=False)
+                mode = "with a thought" if thinks else "without a thought"
+                found.append({"title": f"An answer, {mode}", "prompt": asked.text, "text": text})
+        return found
+
+    def _about_data(self) -> str:
+        domains = self.run.data.manifest.domains
+        sizes = [f"{entry.bytes / 1e6:.1f} MB of {d}" for d, entry in domains.items() if not d.endswith(VALIDATION)]
+        return ", ".join(sizes)
+
+    def _domain(self) -> str:
+        return self.recipe.domain or self.run.main_domain(next(iter(self.run.recipe.stages)))
+
+    def _held_out(self, one_in: int = 1, packs_per_batch: int | None = None, domain: str | None = None):
+        dataset = self.run.dataset((domain or self._domain()) + VALIDATION, self.recipe.sequence_length)
+        return batches(dataset, -(-self.recipe.packs // one_in), packs_per_batch or self.recipe.packs_per_batch)
 
 
 def generate_text(model, prompt: str, tokens: int, temperature: float, seed: int, attention: str = "sparse") -> str:
     """What the model writes after `prompt`, without the prompt."""
-    import torch
-
     tokenizer = ByteTokenizer()
     ids = torch.from_numpy(tokenizer.encode_document(prompt)[:-1]).long()
+    options = dict(temperature=temperature, seed=seed, stop_tokens=(tokenizer.eos_id,))
+    return tokenizer.decode(generate_ids(model, ids, tokens, attention, **options).tolist())
+
+
+def generate_ids(model, ids: torch.Tensor, tokens: int, attention: str, **options) -> torch.Tensor:
+    """What ``model.generate`` adds to `ids` [T] in a form of attention."""
     before, model.attention = model.attention, attention
     try:
-        out = model.generate(ids, tokens, temperature=temperature, seed=seed, stop_tokens=(tokenizer.eos_id,))
+        return model.generate(ids, tokens, **options)[len(ids) :]
     finally:
         model.attention = before
-    return tokenizer.decode(out[len(ids) :].tolist())

@@ -18,8 +18,11 @@ from pathlib import Path
 import torch
 
 from glm5._files import write_atomically
-from glm5.data import ByteTokenizer, PackedDataset, python_stdlib
-from glm5.recipes import Recipe, RecipeError, load_recipe
+from glm5.data import ByteTokenizer, ChatTemplate, PackedDataset
+from glm5.data.batches import domain_documents
+from glm5.data.build import build_data, default_folder
+from glm5.data.shards import VALIDATION, DataFolder
+from glm5.recipes import Recipe, RecipeError, load_data_recipe, load_recipe
 from glm5.recipes.load import to_toml
 from glm5.train.checkpoint import CheckpointStore, Manifest
 from glm5.train.loop import StageState, train_stage
@@ -62,6 +65,8 @@ def _want_fitting(recipe: Recipe, config) -> None:
     lengths = {f"stages.{name}.sequence_length": stage.sequence_length for name, stage in recipe.stages.items()}
     lengths["evaluation.sequence_length"] = evaluation.sequence_length
     prompt = len(ByteTokenizer().encode_document(evaluation.sample_prompt)) - 1
+    chats = [len(ChatTemplate("glm-5").render([{"role": "user", "content": p}]).ids) + 2 for p in evaluation.chat_prompts]
+    prompt = max([prompt, *chats])
     lengths[f"evaluation.sample_tokens with a prompt of {prompt}"] = prompt + evaluation.sample_tokens
     for key, length in lengths.items():
         if length > config.max_position_embeddings:
@@ -137,38 +142,67 @@ class Run:
     folder: Path
     metrics: MetricsLog
     store: CheckpointStore
-    corpus: object
+    data: DataFolder
     lock: int
 
-    def dataset(self, side: str, sequence_length: int) -> PackedDataset:
-        """Packs of the "train" or "validation" text; the same object for the same arguments."""
+    def dataset(self, domain: str, sequence_length: int) -> PackedDataset:
+        """Packs of a domain, "code" or "code/validation"; the same object for the same arguments."""
         cache = self.__dict__.setdefault("_datasets", {})
-        key = (side, sequence_length)
+        key = (domain, sequence_length)
         if key not in cache:
-            cache[key] = PackedDataset(getattr(self.corpus, side), sequence_length, self.recipe.seed)
+            cache[key] = PackedDataset(domain_documents(self.data.domain(domain)), sequence_length, self.recipe.seed)
         return cache[key]
 
+    def train_dataset(self, name: str) -> PackedDataset:
+        """What the stage called `name` trains on."""
+        return self.dataset(self.main_domain(name), self.recipe.stages[name].sequence_length)
+
+    def main_domain(self, name: str) -> str:
+        """The domain with the largest share in a stage's mix."""
+        return next(iter(self._mix(name)))
+
+    def _mix(self, name: str) -> dict[str, float]:
+        return _mix_of(self.recipe, name, self.data)
+
     def first_pack(self, name: str) -> int:
-        """Packs that earlier stages of the same sequence length have used up."""
-        used, length = 0, self.recipe.stages[name].sequence_length
-        for other, stage in self.recipe.stages.items():
-            if other == name:
-                break
-            if stage.sequence_length == length:
-                used += stage.steps * stage.packs_per_step
-        return used
+        """Packs that earlier stages which draw from the same ones have used up."""
+
+        def source(stage_name):
+            return self.recipe.stages[stage_name].sequence_length, self._mix(stage_name)
+
+        earlier = list(self.recipe.stages)[: list(self.recipe.stages).index(name)]
+        stages = [self.recipe.stages[other] for other in earlier if source(other) == source(name)]
+        return sum(stage.steps * stage.packs_per_step for stage in stages)
 
     def close(self) -> None:
         self.metrics.close()
         os.close(self.lock)
 
 
+def _mix_of(recipe: Recipe, name: str, data: DataFolder) -> dict[str, float]:
+    """A stage's mix.
+
+    Raises:
+        RecipeError: it names a domain that the data do not have, more than one, or none where there are several.
+    """
+    there = [domain for domain in data.domains if not domain.endswith(VALIDATION)]
+    mix = recipe.stages[name].mix or dict.fromkeys(there, 1.0)
+    unknown = [domain for domain in mix if domain not in there]
+    if unknown:
+        raise RecipeError(
+            f"stages.{name}.mix names {unknown[0]!r}; the domains of {recipe.data.build} are {', '.join(there)}"
+        )
+    if len(mix) != 1:
+        raise RecipeError(f"stages.{name}.mix has {', '.join(mix)}, want one domain of {', '.join(there)}")
+    return mix
+
+
 def open_run(recipe: Recipe, runs: Path) -> Run:
     """Opens or creates ``runs/<name>`` for `recipe`.
 
     Raises:
-        RecipeError: the folder belongs to another recipe.
-        ValueError: another process is at work in it.
+        RecipeError: the folder belongs to another recipe, or a stage wants data that are not there.
+        ValueError: the data cannot be built; another process is at work in it.
     """
     folder = Path(runs) / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,12 +214,23 @@ def open_run(recipe: Recipe, runs: Path) -> Run:
         raise ValueError(f"{folder} is in use by another glm5 process; wait for it or choose another name=...") from None
     try:
         _claim(recipe, folder)
-        corpus = python_stdlib(recipe.data.validation_one_in)
+        data_recipe = load_data_recipe(recipe.data.build)
+        data = build_data(data_recipe, default_folder(data_recipe, Path(runs)))
+        _want_data(recipe, data)
         store = CheckpointStore(folder / "checkpoints", list(recipe.stages))
-        return Run(recipe, folder, MetricsLog(folder / "metrics.jsonl"), store, corpus, lock)
+        return Run(recipe, folder, MetricsLog(folder / "metrics.jsonl"), store, data, lock)
     except BaseException:
         os.close(lock)
         raise
+
+
+def _want_data(recipe: Recipe, data: DataFolder) -> None:
+    """Raises RecipeError where the recipe asks the data for something that they do not have."""
+    for name in recipe.stages:
+        _mix_of(recipe, name, data)
+    domain = recipe.evaluation.domain
+    if domain and domain + VALIDATION not in data.domains:
+        raise RecipeError(f"evaluation.domain: {domain!r} has no held-out part; there are {', '.join(data.domains)}")
 
 
 def _claim(recipe: Recipe, folder: Path) -> None:
@@ -231,7 +276,7 @@ def resume(run: Run, model, say=print) -> tuple[str, StageState]:
         raise ValueError(
             f"the checkpoints in {run.store.folder} were made with another recipe; remove them or choose another name=..."
         )
-    if manifest.corpus != run.corpus.digest:
+    if manifest.corpus != run.data.digest:
         raise ValueError(
             f"the checkpoints in {run.store.folder} were trained on other text (another Python's standard library?); "
             "go on with the interpreter they were made with or choose another name=..."
@@ -258,7 +303,7 @@ def run_stages(run: Run, model, say=print, last: str | None = None) -> dict:
         stage = stage_of(run.recipe, current)
 
         def save(state: StageState, current=current) -> None:
-            recipe, text = run.recipe.digest(), run.corpus.digest
+            recipe, text = run.recipe.digest(), run.data.digest
             manifest = Manifest(current, state.step, recipe, config_digest(model.config), text, run.metrics.sync())
             run.store.save(manifest, {"model": model_tensors(model)} | state.optimizers)
 
@@ -267,7 +312,7 @@ def run_stages(run: Run, model, say=print, last: str | None = None) -> dict:
                 model,
                 current,
                 stage,
-                run.dataset("train", stage.recipe.sequence_length),
+                run.train_dataset(current),
                 run.first_pack(current),
                 state,
                 run.metrics,

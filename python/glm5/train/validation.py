@@ -26,7 +26,7 @@ def language_loss(
     model, attention: str, held_out: Iterator[Batch], select: Callable | None = None
 ) -> dict[str, float | None]:
     """``nats_per_byte`` over all rows and ``long_rows``, nats a target over the rows that may see more than 4 x top-k keys
-    (None where there is no such row).
+    (None where there is no such target).
 
     Args:
         attention: "dense" or "sparse".
@@ -48,7 +48,8 @@ def language_loss(
             num_long += int(counted.sum())
     finally:
         model.attention = before
-    return {"nats_per_byte": total / num_bytes, "long_rows": long_total / num_long if num_long else None}
+    nats_per_byte = total / num_bytes if num_bytes else None
+    return {"nats_per_byte": nats_per_byte, "long_rows": long_total / num_long if num_long else None}
 
 
 @torch.no_grad()
