@@ -85,7 +85,7 @@ def one_step(stage, overrides, folder, model=None):
     prepare(recipe)
     run = open_run(recipe, folder)
     model = model or build_model(recipe)
-    dataset = run.dataset("code", recipe.stages[stage].sequence_length)
+    dataset = run.train_dataset(stage)
     try:
         train_stage(model, stage, stage_of(recipe, stage), dataset, 0, StageState(), run.metrics, lambda state: None)
     finally:
@@ -131,7 +131,7 @@ def test_a_stage_asks_for_nothing_that_it_does_not_train(kind, before, tmp_path)
     model = build_model(small_recipe())
     stage = KINDS[kind](StageRecipe(kind=kind, steps=1), before)
     run = open_run(small_recipe(), tmp_path)
-    batch = run.dataset("code", 64).batch(0, 2)
+    batch = run.train_dataset("midtrain").batch(0, 2)
     run.close()
     stage.form.give(model)
     total_loss(stage.losses(model, batch), stage.recipe).backward()  # with every parameter asking for a gradient

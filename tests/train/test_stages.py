@@ -1,5 +1,6 @@
 """Stages: what each makes of the model, what it hands on, and that a kill at any boundary between them costs no bit."""
 
+import re
 import typing
 
 import pytest
@@ -10,11 +11,12 @@ from safetensors.torch import load_file
 
 from glm5 import Glm5ForCausalLM, ops
 from glm5.cli.main import main
+from glm5.data import ByteTokenizer
 from glm5.model.int4 import quantized_experts
 from glm5.model.int4_formats import CompressedTensorsInt4, from_compressed_tensors
 from glm5.recipes import Recipe, RecipeError, StageRecipe, load_recipe
 from glm5.train import loop
-from glm5.train.run import build_model, load_run
+from glm5.train.run import build_model, load_run, open_run
 from glm5.train.stages import KINDS, ModelForm, stage_of
 from tests.model import shapes
 from tests.train.test_run import SMALL_MODEL, Killed, carry_out, final_state, small_recipe
@@ -164,6 +166,51 @@ def test_a_group_size_that_cannot_be_is_refused(size):
     with pytest.raises(ValueError, match=f"int4_group_size is {size}, want 32, 64, 128 or -1 .* hidden_size, 64"):
         model.int4_group_size = size
     assert model.int4_group_size is None
+
+
+# ---- data
+
+
+def test_a_stage_that_does_not_say_which_domain_or_says_a_wrong_one_is_refused(tmp_path):
+    for overrides, message in [
+        (["stages.sft.mix={}"], "stages.sft.mix is missing: tiny has chat, code, say how much of each"),
+        (["stages.sft.mix={tchat=1}"], "stages.sft.mix names 'tchat'; .*tiny.* chat, code"),
+        (["evaluation.domain=books"], "evaluation.domain: 'books' has no held-out part"),
+    ]:
+        with pytest.raises(RecipeError, match=message):
+            open_run(ladder(*overrides), tmp_path)
+
+
+def test_sft_learns_what_an_assistant_samples_and_nothing_of_a_wrong_step(tmp_path):
+    """Against the conversations themselves, read back from the packs."""
+    run = open_run(ladder("stages.sft.mix={chat=1.0}", "stages.sft.sequence_length=2048"), tmp_path)
+    batch = run.train_dataset("sft").batch(0, 8, run.first_pack("sft"))
+    run.close()
+    learnt = torch.cat([torch.tensor([False]), batch.targets[:-1] >= 0])
+    assert torch.equal(batch.targets[:-1][learnt[1:]], batch.tokens[1:][learnt[1:]])
+    tokenizer = ByteTokenizer()
+    texts = []
+    for begin in batch.ks.unique().tolist():
+        rows = (batch.ks == begin).nonzero().squeeze(1)
+        text = "".join(tokenizer.decode([t], skip_special=False) if t > 255 else chr(t) for t in batch.tokens[rows].tolist())
+        marks = "".join(("+" if k else "-") * len(tokenizer.decode([t], skip_special=False) if t > 255 else "x")
+                        for t, k in zip(batch.tokens[rows].tolist(), learnt[rows].tolist(), strict=True))  # fmt: skip
+        texts.append((text, marks))
+    wrong_calls = wrong_answers = modes = 0
+    for text, marks in texts:
+        for user in re.finditer(r"<\|user\|>([^<]+)", text):
+            assert "+" not in marks[user.start(1) : user.end(1)]
+        for call in re.finditer(r"<tool_call>add<arg_key>a</arg_key><arg_value>\d+</arg_value></tool_call>", text):
+            wrong_calls += 1
+            assert "+" not in marks[call.start() : call.end()]
+        for answer in re.finditer(r"</think>(\d+)<\|user\|>Count again", text):
+            wrong_answers += 1
+            assert "+" not in marks[answer.start(1) : answer.end(1)]
+        for result in re.finditer(r"<tool_response>.*?</tool_response>", text):
+            assert "+" not in marks[result.start() : result.end()]
+        modes |= 1 if "<|assistant|><think>" in text else 2
+    assert wrong_calls > 3 and wrong_answers > 3 and modes == 3
+    assert 0.1 < float(learnt.float().mean()) < 0.6
 
 
 # ---- whole runs

@@ -1,6 +1,6 @@
 """From files to training batches. Knows nothing of models: a batch is a few flat integer tensors."""
 
-from glm5.data.batches import Batch, PackedDataset
+from glm5.data.batches import Batch
 from glm5.data.bpe import BpeTokenizer, train_bpe
 from glm5.data.chat import ChatError, ChatTemplate
 from glm5.data.corpus import Corpus, CorpusError, python_stdlib
@@ -21,7 +21,6 @@ __all__ = [
     "DataFolder",
     "DataWriter",
     "MixedDataset",
-    "PackedDataset",
     "Tokenizer",
     "load_tokenizer",
     "open_data",

@@ -3,9 +3,7 @@
 import numpy as np
 
 # Streams keep draws for different purposes apart. A number, once used, keeps its meaning.
-STREAM_PIECES = 1
-STREAM_EPOCH = 2
-# 3 is glm5.model.selection's, for random keys.
+# 1 and 2 were the first loader's, 3 is glm5.model.selection's, for random keys.
 STREAM_DOCUMENTS = 4
 STREAM_PACKS = 5
 STREAM_COPIES = 6

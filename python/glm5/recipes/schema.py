@@ -46,6 +46,7 @@ class StageRecipe(_Strict):
     steps: PositiveInt
     sequence_length: int = Field(1024, ge=2)
     packs_per_step: PositiveInt = 8  # a step trains on packs_per_step * sequence_length tokens
+    long_document_power: NonNegativeFloat = 0.0  # p: documents are drawn in proportion to length^p; 0: all alike
     mix: dict[str, PositiveFloat] = Field(default_factory=dict)  # domain -> share of the packs; none named: the only domain
     muon_lr: PositiveFloat = 0.01
     adamw_lr: PositiveFloat = 0.003

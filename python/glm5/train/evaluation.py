@@ -169,7 +169,7 @@ class Evaluator:
         return self.recipe.domain or self.run.main_domain(next(iter(self.run.recipe.stages)))
 
     def _held_out(self, one_in: int = 1, packs_per_batch: int | None = None, domain: str | None = None):
-        dataset = self.run.dataset((domain or self._domain()) + VALIDATION, self.recipe.sequence_length)
+        dataset = self.run.held_out(domain or self._domain(), self.recipe.sequence_length)
         return batches(dataset, -(-self.recipe.packs // one_in), packs_per_batch or self.recipe.packs_per_batch)
 
 

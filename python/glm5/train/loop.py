@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from glm5.data import PackedDataset
+from glm5.data import MixedDataset
 from glm5.recipes import StageRecipe
 from glm5.train.metrics import MetricsLog, Progress
 from glm5.train.parameters import make_optimizers
@@ -45,7 +45,7 @@ def train_stage(
     model,
     name: str,
     stage: Stage,
-    dataset: PackedDataset,
+    dataset: MixedDataset,
     first_pack: int,
     state: StageState,
     metrics: MetricsLog,

@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 
 from glm5._files import write_atomically
-from glm5.data import ByteTokenizer, ChatTemplate, PackedDataset
-from glm5.data.batches import domain_documents
+from glm5.data import ByteTokenizer, ChatTemplate, MixedDataset
 from glm5.data.build import build_data, default_folder
 from glm5.data.shards import VALIDATION, DataFolder
 from glm5.recipes import Recipe, RecipeError, load_data_recipe, load_recipe
@@ -145,33 +144,34 @@ class Run:
     data: DataFolder
     lock: int
 
-    def dataset(self, domain: str, sequence_length: int) -> PackedDataset:
-        """Packs of a domain, "code" or "code/validation"; the same object for the same arguments."""
-        cache = self.__dict__.setdefault("_datasets", {})
-        key = (domain, sequence_length)
+    def train_dataset(self, name: str) -> MixedDataset:
+        """What the stage called `name` trains on; one object for all stages that draw from the same packs."""
+        return self._dataset(*self._source(name))
+
+    def held_out(self, domain: str, sequence_length: int) -> MixedDataset:
+        """The held-out part of a domain."""
+        return self._dataset(((domain + VALIDATION, 1.0),), sequence_length, 0.0)
+
+    def _dataset(self, mix: tuple, sequence_length: int, power: float) -> MixedDataset:
+        cache, key = self.__dict__.setdefault("_datasets", {}), (mix, sequence_length, power)
         if key not in cache:
-            cache[key] = PackedDataset(domain_documents(self.data.domain(domain)), sequence_length, self.recipe.seed)
+            seed = self.recipe.seed
+            cache[key] = MixedDataset(self.data, dict(mix), sequence_length, seed, long_document_power=power)
         return cache[key]
 
-    def train_dataset(self, name: str) -> PackedDataset:
-        """What the stage called `name` trains on."""
-        return self.dataset(self.main_domain(name), self.recipe.stages[name].sequence_length)
+    def _source(self, name: str) -> tuple:
+        stage = self.recipe.stages[name]
+        return tuple(_mix_of(self.recipe, name, self.data).items()), stage.sequence_length, stage.long_document_power
 
     def main_domain(self, name: str) -> str:
         """The domain with the largest share in a stage's mix."""
-        return next(iter(self._mix(name)))
-
-    def _mix(self, name: str) -> dict[str, float]:
-        return _mix_of(self.recipe, name, self.data)
+        mix = _mix_of(self.recipe, name, self.data)
+        return max(mix, key=mix.get)
 
     def first_pack(self, name: str) -> int:
         """Packs that earlier stages which draw from the same ones have used up."""
-
-        def source(stage_name):
-            return self.recipe.stages[stage_name].sequence_length, self._mix(stage_name)
-
         earlier = list(self.recipe.stages)[: list(self.recipe.stages).index(name)]
-        stages = [self.recipe.stages[other] for other in earlier if source(other) == source(name)]
+        stages = [self.recipe.stages[other] for other in earlier if self._source(other) == self._source(name)]
         return sum(stage.steps * stage.packs_per_step for stage in stages)
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ def _mix_of(recipe: Recipe, name: str, data: DataFolder) -> dict[str, float]:
     """A stage's mix.
 
     Raises:
-        RecipeError: it names a domain that the data do not have, more than one, or none where there are several.
+        RecipeError: it names a domain that the data do not have, or none where there are several.
     """
     there = [domain for domain in data.domains if not domain.endswith(VALIDATION)]
     mix = recipe.stages[name].mix or dict.fromkeys(there, 1.0)
@@ -192,8 +192,8 @@ def _mix_of(recipe: Recipe, name: str, data: DataFolder) -> dict[str, float]:
         raise RecipeError(
             f"stages.{name}.mix names {unknown[0]!r}; the domains of {recipe.data.build} are {', '.join(there)}"
         )
-    if len(mix) != 1:
-        raise RecipeError(f"stages.{name}.mix has {', '.join(mix)}, want one domain of {', '.join(there)}")
+    if not recipe.stages[name].mix and len(there) > 1:
+        raise RecipeError(f"stages.{name}.mix is missing: {recipe.data.build} has {', '.join(there)}, say how much of each")
     return mix
 
 
@@ -213,10 +213,16 @@ def open_run(recipe: Recipe, runs: Path) -> Run:
         os.close(lock)
         raise ValueError(f"{folder} is in use by another glm5 process; wait for it or choose another name=...") from None
     try:
+        begun = (folder / "recipe.toml").exists()
         _claim(recipe, folder)
         data_recipe = load_data_recipe(recipe.data.build)
         data = build_data(data_recipe, default_folder(data_recipe, Path(runs)))
-        _want_data(recipe, data)
+        try:
+            _want_data(recipe, data)
+        except RecipeError:
+            if not begun:  # or the corrected recipe would be another one than the folder's
+                (folder / "recipe.toml").unlink()
+            raise
         store = CheckpointStore(folder / "checkpoints", list(recipe.stages))
         return Run(recipe, folder, MetricsLog(folder / "metrics.jsonl"), store, data, lock)
     except BaseException:

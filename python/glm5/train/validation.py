@@ -5,13 +5,13 @@ from contextlib import nullcontext
 
 import torch
 
-from glm5.data import Batch, PackedDataset
+from glm5.data import Batch, MixedDataset
 from glm5.model.selection import last_keys, recall, true_topk
 
 
-def batches(dataset: PackedDataset, packs: int, packs_per_batch: int) -> Iterator[Batch]:
+def batches(dataset: MixedDataset, packs: int, packs_per_batch: int) -> Iterator[Batch]:
     """The first `packs` packs of a dataset (already in random order), or all when there are fewer."""
-    packs = min(packs, dataset.num_packs)
+    packs = dataset.num_packs(packs)
     for first in range(0, packs, packs_per_batch):
         yield dataset.collate(range(first, min(first + packs_per_batch, packs)))
 
