@@ -63,7 +63,7 @@ def test_no_command_shows_the_commands(capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["run", "nonsense"], "no recipe called 'nonsense'; there are foundation, small"),
+        (["run", "nonsense"], "no recipe called 'nonsense'; there are foundation, glm-5, small"),
         (["run", "foundation", "stages.pretrain.lr=1"], "foundation.toml: unknown key stages.pretrain.lr; did you mean"),
         (["train", "sft"], "no stage called 'sft'; its stages are pretrain, midtrain, dsa-warmup, dsa-sparse"),
         (["run", "foundation", "model.overrides.hidden_sizes=3"], "did you mean model.overrides.hidden_size?"),

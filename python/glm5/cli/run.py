@@ -1,10 +1,11 @@
 """Carry out a recipe: every stage, its evaluation, and a report. Run it again to go on after a stop."""
 
+import os
 from pathlib import Path
 
 NAME = "run"
 
-RECIPE_HELP = "tiny or foundation (minutes), small (an evening), or a .toml file"
+RECIPE_HELP = "tiny or foundation (minutes), small (an evening), glm-5 (for --dry-run), or a .toml file"
 
 
 def add_arguments(parser) -> None:
@@ -23,7 +24,12 @@ def add_recipe_options(parser) -> None:
         help="change a key of the recipe, for example stages.pretrain.steps=50; --dry-run shows all keys",
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what it would take, and stop")
+    parser.add_argument(
+        "--layout",
+        metavar="dp=..,tp=..,pp=..,ep=..,cp=..",
+        help="with --dry-run: the ranks to count memory for; what is not named is 1 (docs/recipes.md)",
+    )
 
 
 def run(args) -> None:
@@ -35,13 +41,18 @@ def carry_out(args, last: str | None) -> None:
     """The recipe of `args` up to the end of stage `last`, or all of it."""
     from glm5.recipes import RecipeError, load_recipe
     from glm5.recipes.load import to_toml
+    from glm5.train.plan import Layout, plan
 
     recipe = load_recipe(args.recipe, args.overrides)
     if last is not None and last not in recipe.stages:
         raise RecipeError(f"{args.recipe}: no stage called {last!r}; its stages are {', '.join(recipe.stages)}")
     if args.dry_run:
         print(to_toml(recipe), end="")
+        print(_as_comments(plan(recipe, Layout.parse(args.layout) if args.layout is not None else None)), end="")
         return
+    if args.layout is not None:
+        raise RecipeError("--layout is for --dry-run: glm5 trains in one process")
+    _want_memory(recipe)
 
     from glm5.report import read_metrics, stage_speeds, summary_rows, text_table, write_report
     from glm5.train.run import build_model, open_run, prepare, run_stages
@@ -60,3 +71,21 @@ def carry_out(args, last: str | None) -> None:
     for sample in results.get("samples", []):
         print(f"\n{sample['title']}:\n{sample['prompt']}{sample['text']}")
     print(f"\nReport: {report}")
+
+
+def _as_comments(text: str) -> str:
+    """So that what --dry-run prints can be read as a recipe again."""
+    return "\n" + "".join(f"# {line}".rstrip() + "\n" for line in text.splitlines())
+
+
+def _want_memory(recipe) -> None:
+    """Raises RecipeError where the machine cannot hold the model and its optimizers, before it tries to."""
+    from glm5.recipes import RecipeError
+    from glm5.train.plan import resident_bytes
+
+    needed, there = resident_bytes(recipe), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise RecipeError(
+            f"{recipe.name} needs {needed / 1e9:,.0f} GB for its model and optimizers, this machine has {there / 1e9:,.0f}; "
+            "--dry-run shows the plan"
+        )

@@ -55,6 +55,8 @@ class StageRecipe(_Strict):
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     final_lr: NonNegativeFloat = 0.1  # as a fraction of the peak, reached at the last step
+    # Which part of the rise and fall is this stage's: several stages may go down one curve, whose peak and end each names.
+    schedule_span: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
     mtp_depth: int = Field(1, ge=0, le=8)
     mtp_weight: NonNegativeFloat = 0.3
     router_bias_rate: NonNegativeFloat = 0.001
@@ -70,6 +72,12 @@ class StageRecipe(_Strict):
         for key, kind in _KIND_OF_KEY.items():
             if self.kind != kind and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is a key of stages of kind {kind}, not {self.kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _the_span_goes_on(self):
+        if self.schedule_span[0] >= self.schedule_span[1]:
+            raise ValueError(f"schedule_span is {list(self.schedule_span)}, want the second number above the first")
         return self
 
     @property

@@ -6,7 +6,6 @@ bits of an uninterrupted one.
 """
 
 import ctypes
-import difflib
 import fcntl
 import hashlib
 import json
@@ -26,6 +25,7 @@ from glm5.recipes.load import to_toml
 from glm5.train.checkpoint import CheckpointStore, Manifest
 from glm5.train.loop import StageState, train_stage
 from glm5.train.metrics import MetricsLog
+from glm5.train.plan import config_of
 from glm5.train.stages import stage_of
 
 # <malloc.h>
@@ -40,14 +40,9 @@ def build_model(recipe: Recipe):
             the model cannot do.
         ValueError: no such preset, or a field has an impossible value.
     """
-    from glm5.model import Glm5Config, Glm5ForCausalLM
+    from glm5.model import Glm5ForCausalLM
 
-    config = Glm5Config.preset(recipe.model.preset)
-    for key in recipe.model.overrides:
-        if key not in vars(config):
-            near = difflib.get_close_matches(key, vars(config), n=1, cutoff=0)[0]
-            raise RecipeError(f"unknown key model.overrides.{key}; did you mean model.overrides.{near}?")
-    config = Glm5Config.preset(recipe.model.preset, **recipe.model.overrides)
+    config = config_of(recipe)
     _want_fitting(recipe, config)
     return Glm5ForCausalLM(config, dtype=getattr(torch, recipe.model.dtype), seed=recipe.seed)
 
