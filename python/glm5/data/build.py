@@ -19,9 +19,17 @@ from glm5.data.dedup import Deduplicator
 from glm5.data.filters import Filter
 from glm5.data.shards import MANIFEST, VALIDATION, DataError, DataFolder, DataWriter, FilterCounts, is_held_out, open_data
 from glm5.data.sources import Document
+from glm5.data.synthetic import encode_parts
 from glm5.data.text import load_tokenizer
 from glm5.data.tokenizer import ByteTokenizer, Tokenizer
-from glm5.recipes.data_schema import BuildRecipe, ConversationsSource, DialoguesSource, SourceRecipe, TokenizerRecipe
+from glm5.recipes.data_schema import (
+    BuildRecipe,
+    ConversationsSource,
+    DialoguesSource,
+    SourceRecipe,
+    SyntheticSource,
+    TokenizerRecipe,
+)
 
 # What is set aside before it is hashed together: a few blocks of signatures.
 _BATCH_BYTES, _BATCH_DOCUMENTS = 1 << 20, 256
@@ -68,7 +76,7 @@ def build_data(recipe: BuildRecipe, out: Path | str, progress: Progress = lambda
         try:
             for name, source in recipe.sources.items():
                 rules = source.filters or recipe.filters
-                for document in sources.read(name, source, rules.max_bytes):
+                for document in _documents(recipe, name, rules.max_bytes):
                     rule = "too_long" if document.text is None else filters[name].dropped_by(document.text, document.path)
                     if rule == "undecodable" and rules.undecodable == "error":
                         raise DataError(
@@ -92,6 +100,8 @@ def build_data(recipe: BuildRecipe, out: Path | str, progress: Progress = lambda
 
 def _encoder(name: str, source: SourceRecipe, tokenizer: Tokenizer) -> Callable[[str, bytes], list[tuple]]:
     """(document id, text) -> [(tokens, mask or None), ...] for the documents of a source."""
+    if isinstance(source, SyntheticSource):
+        return lambda _, text: [_synthetic(source, text, tokenizer)]
     if not isinstance(source, ConversationsSource | DialoguesSource):
         return lambda _, text: [(tokenizer.encode_document(text), None)]
     from glm5.data.chat import ChatTemplate
@@ -107,6 +117,41 @@ def _encoder(name: str, source: SourceRecipe, tokenizer: Tokenizer) -> Callable[
         return [(document.ids, document.mask) for document in documents]
 
     return encode
+
+
+def _documents(recipe: BuildRecipe, name: str, max_bytes: int) -> Iterator[Document]:
+    """What source `name` has; of a synthetic one with a haystack, the text of that is read first."""
+    source = recipe.sources[name]
+    if not isinstance(source, SyntheticSource):
+        return sources.read(name, source, max_bytes)
+    return sources.synthetic(name, source, _haystack(recipe, source) if source.haystack else None)
+
+
+def _haystack(recipe: BuildRecipe, source: SyntheticSource) -> str:
+    """Training text of the source that is the haystack, those of its documents that are UTF-8 and pass its filters."""
+    other = recipe.sources[source.haystack]
+    rules = other.filters or recipe.filters
+    wanted, found, size = Filter(rules), [], 0
+    for document in sources.read(source.haystack, other, rules.max_bytes):
+        held_out = is_held_out(document.group or document.id, recipe.validation_one_in)
+        if document.text and not held_out and not wanted.dropped_by(document.text, document.path):
+            found.append(document.text.decode())
+            size += len(document.text)
+            if size >= source.haystack_bytes:
+                break
+    if not found:
+        raise DataError(f"source {source.haystack} has no text for a haystack")
+    return "\n".join(found)[: source.haystack_bytes]
+
+
+def _synthetic(source: SyntheticSource, text: bytes, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray | None]:
+    ids, mask = encode_parts(json.loads(text), tokenizer)
+    return ids, mask if source.loss == "answers" else None
+
+
+def _plain(source: SourceRecipe, text: bytes) -> bytes:
+    """The text that a document shows a tokenizer."""
+    return "".join(part for part, _ in json.loads(text)).encode() if isinstance(source, SyntheticSource) else text
 
 
 class _Staged:
@@ -178,11 +223,11 @@ class _Staged:
     def sample(self, num_bytes: int, progress: Progress) -> Iterator[bytes]:
         """Training documents from the first on, until they have so many bytes."""
         done = 0
-        for rule, _, _, _, held_out, text in self._each():
+        for rule, _, source, _, held_out, text in self._each():
             if done >= num_bytes:
                 break
             if not rule and not held_out:
-                yield text
+                yield _plain(self._recipe.sources[source], text)
                 done += len(text)
                 progress("learning BPE", done, min(num_bytes, self.bytes))
 

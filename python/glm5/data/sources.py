@@ -25,6 +25,7 @@ from glm5.recipes.data_schema import (
     ParquetSource,
     SourceRecipe,
     StdlibSource,
+    SyntheticSource,
 )
 
 
@@ -330,6 +331,30 @@ def _parquet(source: ParquetSource, max_bytes: int) -> Iterator[Document]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield _row(source, name, number, fields, f"{path}, row {number}")
+
+
+# ---- what is made up ----
+
+
+def synthetic(name: str, source: SyntheticSource, haystack: str | None) -> Iterator[Document]:
+    """Documents of a synthetic source: each text is the item's parts as JSON, [[text, whether it is an answer], ...].
+
+    Raises:
+        SourceError: no such task, a shape that cannot be, a length that does not hold an item.
+    """
+    from glm5.data.synthetic import Shape, make_item
+    from glm5.data.tokenizer import ByteTokenizer
+
+    tokenizer, tasks, lengths = ByteTokenizer(), source.tasks, source.lengths
+    try:
+        shape = Shape(**source.shape)
+        for index in range(source.count):
+            task, length = tasks[index % len(tasks)], lengths[index // len(tasks) % len(lengths)]
+            item = make_item(task, source.seed, index, length, tokenizer, shape=shape, haystack=haystack)
+            text = json.dumps(item.parts).encode()
+            yield Document(f"{name}/{index:08}", text, "item.json", source.licence or "unknown")
+    except (ValueError, TypeError) as error:
+        raise SourceError(f"source {name}: {error}") from None
 
 
 _READERS = {

@@ -142,6 +142,22 @@ class DialoguesSource(_Chat):
     seed: NonNegativeInt = 0
 
 
+class SyntheticSource(_Source):
+    """Items of the long-range tasks of ``glm5.data.synthetic``, task after task and length after length in turn."""
+
+    kind: Literal["synthetic"] = "synthetic"
+    licence: str | None = "CC0-1.0"
+    filters: FilterRecipe | None = FilterRecipe(min_bytes=1, quality=0)
+    tasks: tuple[str, ...] = Field(("niah-single", "niah-multikey", "niah-multivalue", "niah-multiquery"), min_length=1)
+    lengths: tuple[PositiveInt, ...] = Field((256,), min_length=1)  # of documents, in byte tokens whatever the tokenizer
+    count: PositiveInt
+    seed: NonNegativeInt = 0
+    haystack: SourceName | None = None  # another source, whose text is around the needles; none: words of no meaning
+    haystack_bytes: PositiveInt = 1 << 22  # of that source are kept in memory, from the first on
+    loss: Literal["all", "answers"] = "all"  # what of an item is learnt; the domain of "answers" has no other sources
+    shape: dict[str, PositiveInt] = Field(default_factory=dict)  # fields of glm5.data.synthetic.Shape
+
+
 SourceRecipe = Annotated[
     FolderSource
     | GitSource
@@ -150,7 +166,8 @@ SourceRecipe = Annotated[
     | JsonlSource
     | ParquetSource
     | ConversationsSource
-    | DialoguesSource,
+    | DialoguesSource
+    | SyntheticSource,
     Field(discriminator="kind"),
 ]
 
@@ -165,6 +182,14 @@ class BuildRecipe(_Strict):
     filters: FilterRecipe = FilterRecipe()
     dedup: DedupRecipe = DedupRecipe()
     sources: dict[SourceName, SourceRecipe] = Field(min_length=1)  # read in the order in which they are written
+
+    @model_validator(mode="after")
+    def _haystacks_are_text(self):
+        for name, source in self.sources.items():
+            if isinstance(source, SyntheticSource) and source.haystack is not None:
+                if isinstance(self.sources.get(source.haystack, source), SyntheticSource):
+                    raise ValueError(f"sources.{name}.haystack is {source.haystack!r}, want the name of a source of text")
+        return self
 
     def digest(self) -> str:
         """Identifies the recipe: sha256 of its resolved content."""
