@@ -15,6 +15,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--to", choices=("hf", "native", "fp8", "int4"), default="hf", help="form to write (default: %(default)s)"
     )
+    parser.add_argument("--ema", action="store_true", help="of a run: the running mean of its weights, where it keeps one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of what is not quantised (default: as stored)")
     parser.add_argument(
         "--group-size",
@@ -44,8 +45,10 @@ def run(args) -> None:
     group_size = args.group_size
     with tempfile.TemporaryDirectory() as scratch:
         source = args.source
+        if args.ema and not (source / "recipe.toml").is_file():
+            raise ValueError(f"--ema is for run folders; {source} has no recipe.toml")
         if (source / "recipe.toml").is_file():
-            model = load_run(source, lambda message: print(message, file=sys.stderr))
+            model = load_run(source, lambda message: print(message, file=sys.stderr), average=args.ema)
             group_size = group_size or model.int4_group_size
             source = Path(scratch)
             model.save_pretrained(source, fused_experts=True)

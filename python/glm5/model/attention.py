@@ -112,11 +112,13 @@ class Pass:
     collect: bool = False
     reuse_indices: bool = False  # a later MTP iteration that shares the first one's indices
     plain: bool = False  # nothing but the output is wanted of sparse attention, and no gradient
+    sequence_length: int | None = None  # tokens a sequence where the losses of the routers are wanted
     # left behind
     hidden: list[torch.Tensor] | None = None  # [T, H] before each layer, where wanted
     indices: torch.Tensor | None = None  # of the last full layer
     indexed: tuple | None = None  # (q, k, weights) of the last full layer's indexer
     kl: list[torch.Tensor] = field(default_factory=list)  # [T] a layer
+    router_losses: list[tuple[int, tuple]] = field(default_factory=list)  # (layer, its (balance, z))
     selections: list[Selection] = field(default_factory=list)
     group_ends: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [E], summed over what it was given in parts
 

@@ -23,7 +23,7 @@ from glm5.model.int4 import want_group_size
 from glm5.model.layers import Experts, LayerNorm, Linear, MoE, RMSNorm, at_least_float32
 from glm5.model.pretrained import Progress, load_pretrained, save_pretrained
 from glm5.model.rotary import RotaryTable, rope_frequencies
-from glm5.model.transformer import Backbone
+from glm5.model.transformer import Backbone, reaches
 
 IGNORED = -100
 
@@ -323,7 +323,7 @@ class Glm5ForCausalLM(nn.Module):
 
     # ---- training
 
-    def losses(self, batch, *, mtp_depth: int = 3, indexer: str = "none") -> dict:
+    def losses(self, batch, *, mtp_depth: int = 3, indexer: str = "none", router_sequence_length: int | None = None) -> dict:
         """The losses of one flat batch.
 
         Args:
@@ -333,6 +333,7 @@ class Glm5ForCausalLM(nn.Module):
             indexer: "none": the language model alone, in the model's form of attention. "warmup": attention is dense,
                 nothing but the indexers takes a gradient. "sparse": attention is sparse on the indexers' own choice, the
                 language-model losses train the model, the KL on the selected keys trains the indexers and nothing else.
+            router_sequence_length: tokens a sequence, which divide T, where the routers' losses are wanted.
 
         Returns:
             lm: mean nats a target over the main head, scalar; None for "warmup", which has no use for it.
@@ -341,11 +342,13 @@ class Glm5ForCausalLM(nn.Module):
             indexer_kl: mean KL a row over the indexed layers (each unroll of the MTP layer is one), or None. Rows without
                 keys are left out, and so are those of depth d whose document does not reach d tokens on.
             indexer_rows: how many rows of how many layers that is, int tensor.
+            balance, router_z: the ``router_losses`` summed over the MoE layers, the MTP layer counting as the mean over its
+                unrolls; None where they were not asked for, and for "warmup".
             expert_load: int [MoE layers, E], tokens each expert got.
             num_targets: of the main head, int tensor. A mean over no targets is 0.
 
         Raises:
-            ValueError: indexer is none of the three.
+            ValueError: indexer is none of the three, router_sequence_length does not divide T.
         """
         if indexer not in ("none", "warmup", "sparse"):
             raise ValueError(f"Glm5ForCausalLM.losses: indexer is {indexer!r}, want 'none', 'warmup' or 'sparse'")
@@ -355,6 +358,13 @@ class Glm5ForCausalLM(nn.Module):
         run = self._begin(get("positions"), ks, get("ke"), attention=attention, indexer=indexer)
 
         learns = indexer != "warmup"  # else the passes are there for the attention that the indexers learn from
+        if router_sequence_length is not None and learns:
+            if router_sequence_length < 1 or len(tokens) % router_sequence_length:
+                raise ValueError(
+                    f"Glm5ForCausalLM.losses: router_sequence_length is {router_sequence_length}, want a divisor of the "
+                    f"{len(tokens)} tokens"
+                )
+            run.sequence_length = router_sequence_length
         with torch.set_grad_enabled(run.grad and learns):
             hidden = self.model(tokens, run)
             lm = self._mean_nats(hidden, targets) if learns else None
@@ -374,8 +384,36 @@ class Glm5ForCausalLM(nn.Module):
         unused = torch.zeros(self.config.n_routed_experts, dtype=torch.int32, device=tokens.device)
         ends = torch.stack([run.group_ends.get(layer.layer, unused) for layer in moe]) if moe else unused[None][:0]
         load = ends.diff(dim=1, prepend=torch.zeros_like(ends[:, :1]))
+        balance, router_z = self._router_losses(run, mtp_depth)
         counts = {"indexer_rows": rows, "expert_load": load, "num_targets": (targets != IGNORED).sum()}
-        return {"lm": lm, "mtp": mtp, "indexer_kl": kl, **counts}
+        return {"lm": lm, "mtp": mtp, "indexer_kl": kl, "balance": balance, "router_z": router_z, **counts}
+
+    def _router_losses(self, run, mtp_depth):
+        if not run.router_losses:
+            return None, None
+        weights = [1 / mtp_depth if layer == self.config.num_hidden_layers else 1.0 for layer, _ in run.router_losses]
+        return tuple(sum(w * loss[i] for w, (_, loss) in zip(weights, run.router_losses, strict=True)) for i in (0, 1))
+
+    def loss_counts(self, batch, *, mtp_depth: int, indexer: str) -> dict:
+        """Over how many terms each of the ``losses`` of `batch` is a mean: read off the batch, nothing is computed.
+
+        The arguments are those of ``losses``. It is what losses of several parts of a batch must be weighted by to be those
+        of the whole.
+
+        Returns:
+            lm, mtp (a list), indexer_kl: ints; balance, router_z: the number of tokens.
+        """
+        get = batch.__getitem__ if isinstance(batch, dict) else lambda name: getattr(batch, name)
+        targets, positions, ks = get("targets").long(), get("positions"), get("ks")
+        depths = range(1, mtp_depth + 1)
+        mtp = [int((mtp_targets(targets, positions, ks, d) != IGNORED).sum()) for d in depths]
+        rows = 0
+        if indexer != "none":
+            seeing = get("ke") > ks
+            drafted = [int((seeing & reaches(positions, ks, d)).sum()) for d in depths]
+            rows = self.config.num_hidden_layers * int(seeing.sum()) + sum(drafted)
+        tokens = len(targets)
+        return {"lm": int((targets != IGNORED).sum()), "mtp": mtp, "indexer_kl": rows, "balance": tokens, "router_z": tokens}
 
     def target_logprobs(self, batch) -> torch.Tensor:
         """log p(target) [T] of a flat batch as ``losses`` takes it, at least float32; 0 where the target is ignored."""
@@ -418,14 +456,6 @@ class Glm5ForCausalLM(nn.Module):
     def generate(self, ids: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
         """``glm5.model.generation.generate`` on this model."""
         return generate(self, ids, max_new_tokens, **options)
-
-
-def reaches(positions: torch.Tensor, ks: torch.Tensor, depth: int) -> torch.Tensor:
-    """[T] bool: whether row t + d is in row t's document: its keys start at the same row and it stands d positions on."""
-    same = torch.zeros_like(ks, dtype=torch.bool)
-    reach = max(ks.shape[0] - depth, 0)
-    same[:reach] = (ks[depth:] == ks[:reach]) & (positions[depth:] == positions[:reach] + depth)
-    return same
 
 
 def mtp_targets(targets: torch.Tensor, positions: torch.Tensor, ks: torch.Tensor, depth: int) -> torch.Tensor:

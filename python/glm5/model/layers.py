@@ -108,17 +108,43 @@ class Router(nn.Module):
             self.e_score_correction_bias = kept
         return self
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T, H] -> weights [T, topk] float32, ids [T, topk] int32."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [T, H] -> weights [T, topk] float32, ids [T, topk] int32, and the logits [T, E] that they come from."""
         c = self.config
         # A checkpoint may hold this weight in float32 beside bf16 ones.
         logits = ops.linear(x.to(self.weight.dtype), self.weight, None, at_least_float32(x))
         bias = self.e_score_correction_bias
         if bias.dtype != logits.dtype:
             bias = bias.to(logits.dtype)
-        return ops.moe_router(
+        weights, ids = ops.moe_router(
             logits, bias, c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, c.routed_scaling_factor, None
         )
+        return weights, ids, logits
+
+
+def router_losses(logits: torch.Tensor, ids: torch.Tensor, sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a router may be asked to keep small, for training; plain torch on the float32 logits of the compiled router.
+
+    The sequence-level balance loss of DeepSeek-V3 (2412.19437, eq. 17 to 20), kept by GLM-4.5: summed over the experts, the
+    share of the sequence's choices that each one got, times its mean share of the sigmoids, times the number of experts: 1
+    where both are even. The gradient goes through the sigmoids. And the z-loss of ST-MoE (2202.08906, eq. 5).
+
+    Args:
+        logits: [T, E], at least float32.
+        ids: int32 [T, topk], each token's experts; -1 is none.
+        sequence_length: tokens a sequence; divides T.
+
+    Returns:
+        balance, the mean over sequences, and z, the mean over tokens of log(sum(exp(logits)))^2; scalars.
+    """
+    tokens, experts = logits.shape
+    scores = logits.sigmoid()
+    share = scores / scores.sum(-1, keepdim=True)
+    chosen = torch.zeros_like(logits, requires_grad=False).scatter_add_(1, ids.clamp(min=0).long(), (ids >= 0).to(logits))
+    by_sequence = (tokens // sequence_length, sequence_length, experts)
+    load = chosen.view(by_sequence).mean(1) * (experts / ids.shape[1])
+    balance = (load * share.view(by_sequence).mean(1)).sum(-1).mean()
+    return balance, logits.logsumexp(-1).square().mean()
 
 
 class Experts(nn.Module):
@@ -143,7 +169,10 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts plus a shared one: x [T, H] -> ([T, H], where each expert's slots end [E] int32)."""
+    """Routed experts plus a shared one: x [T, H] -> [T, H].
+
+    Beside it: where each expert's slots end [E] int32, and, with a ``sequence_length``, the ``router_losses``, else None.
+    """
 
     def __init__(self, config: Glm5Config):
         super().__init__()
@@ -155,8 +184,11 @@ class MoE(nn.Module):
             else None
         )
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, ids = self.gate(x)
+    def forward(
+        self, x: torch.Tensor, sequence_length: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        weights, ids, logits = self.gate(x)
+        watched = router_losses(logits, ids, sequence_length) if sequence_length else None
         slots, _, slot_of_row, group_ends = ops.moe_permute(x, ids, self.gate.config.n_routed_experts)
         routed = ops.moe_unpermute(self.experts(slots, group_ends), slot_of_row, weights)
-        return (routed if self.shared_experts is None else routed + self.shared_experts(x)), group_ends
+        return (routed if self.shared_experts is None else routed + self.shared_experts(x)), group_ends, watched

@@ -15,6 +15,14 @@ from glm5.model.layers import MLP, Linear, MoE, RMSNorm
 _ROWS = 4096
 
 
+def reaches(positions: torch.Tensor, ks: torch.Tensor, depth: int) -> torch.Tensor:
+    """[T] bool: whether row t + d is in row t's document: its keys start at the same row and it stands d positions on."""
+    same = torch.zeros_like(ks, dtype=torch.bool)
+    reach = max(ks.shape[0] - depth, 0)
+    same[:reach] = (ks[depth:] == ks[:reach]) & (positions[depth:] == positions[:reach] + depth)
+    return same
+
+
 class Embedding(nn.Module):
     """tokens [T] -> [T, H]."""
 
@@ -47,10 +55,13 @@ class DecoderLayer(nn.Module):
         return x
 
     def _feed_forward(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
-        update = self.mlp(self.post_attention_layernorm(x))
-        if isinstance(self.mlp, MoE):
-            update, ends = update
-            run.group_ends[self.layer] = run.group_ends[self.layer] + ends if self.layer in run.group_ends else ends
+        normed = self.post_attention_layernorm(x)
+        if not isinstance(self.mlp, MoE):
+            return x + self.mlp(normed)
+        update, ends, watched = self.mlp(normed, run.sequence_length)
+        run.group_ends[self.layer] = run.group_ends[self.layer] + ends if self.layer in run.group_ends else ends
+        if watched is not None:
+            run.router_losses.append((self.layer, watched))
         return x + update
 
 
@@ -101,13 +112,12 @@ class Backbone(nn.Module):
     def unroll_mtp(self, tokens: torch.Tensor, hidden: torch.Tensor, run: Pass, depth: int):
         """Yields for d = 1 .. depth the hidden states [T, H] whose row t leads to token t + d + 1 through the shared head.
 
-        Row t of step d reads tokens up to t + d. Where that crosses the end of the pack the last token stands in, and where
-        it crosses the row's document the next document's: such rows have no target, and no row that has one attends to them.
+        Row t of step d reads tokens up to t + d of its document. Where that has no more, the row's own token stands in: such
+        rows have no target, no row that has one attends to them, and no other document or pack changes what they compute.
         """
-        last = tokens.shape[0] - 1
-        row = torch.arange(tokens.shape[0], device=tokens.device)
         for d in range(1, depth + 1):
             run.reuse_indices = d > 1 and self.config.index_share_for_mtp_iteration
-            following = tokens.index_select(0, (row + d).clamp(max=max(last, 0)))
+            ahead = nn.functional.pad(tokens[d:], (0, min(d, tokens.shape[0])))
+            following = torch.where(reaches(run.positions, run.ks, d), ahead, tokens)
             hidden = self.mtp.step(hidden, self.embed_tokens(following), run)
             yield self.mtp.shared_head.norm(hidden)

@@ -60,6 +60,11 @@ class StageRecipe(_Strict):
     mtp_depth: int = Field(1, ge=0, le=8)
     mtp_weight: NonNegativeFloat = 0.3
     router_bias_rate: NonNegativeFloat = 0.001
+    balance_weight: NonNegativeFloat = 0.0  # of the sequence-level balance loss of the experts; GLM-4.5: 1e-4
+    z_loss: NonNegativeFloat = 0.0  # weight of the squared log-sum-exp of the routers' logits
+    micro_batches: PositiveInt = 1  # parts in which a step's packs are computed; memory of one, the step of all
+    clip_norm: NonNegativeFloat = 0.0  # largest norm of the gradient of all trained parameters together; 0: no limit
+    ema: float = Field(0.0, ge=0, lt=1)  # decay of a running mean of the weights, one a step; 0: none is kept
     rope_theta: NonNegativeFloat = 0.0  # midtrain: the rotary base from here on, and in later stages; 0: no other
     int4_group_size: Literal[0, 32, 64, 128] = (
         0  # sft: routed experts learn as int4 weights, one scale for so many; 0: not so
@@ -78,6 +83,14 @@ class StageRecipe(_Strict):
     def _the_span_goes_on(self):
         if self.schedule_span[0] >= self.schedule_span[1]:
             raise ValueError(f"schedule_span is {list(self.schedule_span)}, want the second number above the first")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_are_whole_packs(self):
+        if self.packs_per_step % self.micro_batches:
+            raise ValueError(
+                f"micro_batches is {self.micro_batches}, want a divisor of packs_per_step, {self.packs_per_step}"
+            )
         return self
 
     @property

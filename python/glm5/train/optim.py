@@ -50,10 +50,16 @@ class AdamW:
         parameters: by name.
         weight_decay: times the learning rate, taken off each update.
         betas, eps: as in the paper.
+        ema: decay of a running mean of the masters, which begins at their first values; 0 keeps none.
     """
 
     def __init__(
-        self, parameters: dict[str, torch.nn.Parameter], weight_decay: float = 0.1, betas=(0.9, 0.95), eps: float = 1e-10
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        weight_decay: float = 0.1,
+        betas=(0.9, 0.95),
+        eps: float = 1e-10,
+        ema: float = 0.0,
     ):
         self.parameters, self.weight_decay = parameters, weight_decay
         self.betas, self.eps = betas, eps
@@ -61,6 +67,7 @@ class AdamW:
         self.masters = {n: p.data if p.dtype == torch.float32 else p.data.float() for n, p in parameters.items()}
         self.mean = {n: torch.zeros_like(m) for n, m in self.masters.items()}
         self.square = {n: torch.zeros_like(m) for n, m in self.masters.items()}
+        self.ema, self._averages = ema, {n: m.clone() for n, m in self.masters.items()} if ema else {}
         self._decayed = [m for m in self.masters.values() if m.dim() >= 2]
 
     @torch.no_grad()
@@ -80,15 +87,21 @@ class AdamW:
         if self._decayed:
             torch._foreach_mul_(self._decayed, 1 - lr * self.weight_decay)
         torch._foreach_addcdiv_(masters, means, denominators, -lr / (1 - beta1 ** (step + 1)))
+        if self._averages:
+            torch._foreach_lerp_(list(self._averages.values()), masters, 1 - self.ema)
         for name, p in self.parameters.items():
             if p.dtype != torch.float32:
                 p.data.copy_(self.masters[name])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Moments, and the masters of parameters that are not float32 themselves: ``kind/name -> tensor``."""
+        """Moments, masters of parameters that are not float32 themselves, averages: ``kind/name -> tensor``."""
         separate = {n: m for n, m in self.masters.items() if self.parameters[n].dtype != torch.float32}
-        kinds = {"mean": self.mean, "square": self.square, "master": separate}
+        kinds = {"mean": self.mean, "square": self.square, "master": separate, "ema": self._averages}
         return {f"{kind}/{name}": t for kind, named in kinds.items() for name, t in named.items()}
+
+    def averages(self) -> dict[str, torch.Tensor]:
+        """The running mean of each parameter, float32; empty without ``ema``."""
+        return dict(self._averages)
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
         """Copies what ``state_dict`` returned. The parameters themselves must have been restored before.
@@ -110,6 +123,7 @@ class _Stack:
     members: list[tuple[str, int, int]]  # (name of the parameter, which stack of its split, how many matrices)
     master: torch.Tensor  # [count, rows, columns] float32
     momentum: torch.Tensor  # [count, rows, columns] float32
+    average: torch.Tensor | None  # [count, rows, columns] float32, the running mean of master
 
     def parts(self, tensor: torch.Tensor):
         """`tensor` [count, ...] cut into the members' shares: (name, which stack, share)."""
@@ -128,6 +142,7 @@ class Muon:
         splits: per name, how the parameter falls into matrices; a name without one is a single matrix.
         weight_decay: times the learning rate, taken off each update.
         momentum: of the gradients' running mean.
+        ema: decay of a running mean of the masters, which begins at their first values; 0 keeps none.
 
     Raises:
         ValueError: a split gives something else than [count, rows, columns].
@@ -139,8 +154,9 @@ class Muon:
         splits: dict[str, Split],
         weight_decay: float = 0.1,
         momentum: float = 0.95,
+        ema: float = 0.0,
     ):
-        self.parameters, self.weight_decay, self.momentum = parameters, weight_decay, momentum
+        self.parameters, self.weight_decay, self.momentum, self.ema = parameters, weight_decay, momentum, ema
         self._splits = {name: splits.get(name, lambda t: [t.unsqueeze(0)]) for name in parameters}
         # Muon is made for bfloat16 (Jordan 2024); where the CPU has no such product, float32 is the faster one.
         self._dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
@@ -153,8 +169,12 @@ class Muon:
         self._stacks = {}
         for shape, those in members.items():
             master = torch.empty(sum(count for *_, count in those), *shape)
-            self._stacks[shape] = _Stack(those, master, torch.zeros_like(master))
+            average = torch.empty_like(master) if ema else None
+            self._stacks[shape] = _Stack(those, master, torch.zeros_like(master), average)
         self._read_masters()
+        for stack in self._stacks.values():
+            if stack.average is not None:
+                stack.average.copy_(stack.master)
 
     @torch.no_grad()
     def step(self, step: int, lr: float) -> None:
@@ -171,15 +191,30 @@ class Muon:
 
             rate = 0.2 * lr * max(rows, columns) ** 0.5
             stack.master.mul_(1 - lr * self.weight_decay).sub_(update, alpha=rate)
+            if stack.average is not None:
+                stack.average.lerp_(stack.master, 1 - self.ema)
             for name, i, share in stack.parts(stack.master):
                 parameters[name][i].copy_(share)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Momentum, and masters where the parameters are not float32 themselves, by shape: ``kind/RxC -> stack``."""
+        """Momentum, masters where the parameters are not float32 themselves, averages, by shape: ``kind/RxC -> stack``."""
         state = {f"momentum/{rows}x{columns}": s.momentum for (rows, columns), s in self._stacks.items()}
         if any(p.dtype != torch.float32 for p in self.parameters.values()):
             state |= {f"master/{rows}x{columns}": s.master for (rows, columns), s in self._stacks.items()}
+        if self.ema:
+            state |= {f"ema/{rows}x{columns}": s.average for (rows, columns), s in self._stacks.items()}
         return state
+
+    @torch.no_grad()
+    def averages(self) -> dict[str, torch.Tensor]:
+        """The running mean of each parameter, float32; empty without ``ema``."""
+        if not self.ema:
+            return {}
+        whole = {n: torch.empty(p.shape, device=p.device) for n, p in self.parameters.items()}
+        for stack in self._stacks.values():
+            for name, i, share in stack.parts(stack.average):
+                self._splits[name](whole[name])[i].copy_(share)
+        return whole
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
         """Copies what ``state_dict`` returned. The parameters themselves must have been restored before.

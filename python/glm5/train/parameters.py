@@ -1,5 +1,7 @@
 """Which parameter is trained by which optimizer in which stage, and how Muon sees it as matrices."""
 
+from contextlib import contextmanager
+
 import torch
 
 from glm5.train.optim import AdamW, Muon, Split
@@ -44,11 +46,32 @@ def make_optimizers(model, stage: Stage) -> dict[str, tuple[Muon | AdamW, float]
         p.requires_grad_(name in held)
         p.grad = None
 
+    decay, ema = recipe.weight_decay, recipe.ema
     body = {n: p for n, p in held.items() if n not in indexer}
     muon = {n: p for n, p in body.items() if is_muon(n, p)}
     optimizers: dict[str, tuple[Muon | AdamW, float]] = {
-        "muon": (Muon(muon, muon_splits(model), recipe.weight_decay), recipe.muon_lr),
-        "adamw": (AdamW({n: p for n, p in body.items() if n not in muon}, recipe.weight_decay), recipe.adamw_lr),
-        "indexer": (AdamW({n: p for n, p in held.items() if n in indexer}, recipe.weight_decay), recipe.indexer_lr),
+        "muon": (Muon(muon, muon_splits(model), decay, ema=ema), recipe.muon_lr),
+        "adamw": (AdamW({n: p for n, p in body.items() if n not in muon}, decay, ema=ema), recipe.adamw_lr),
+        "indexer": (AdamW({n: p for n, p in held.items() if n in indexer}, decay, ema=ema), recipe.indexer_lr),
     }
     return {name: (o, lr) for name, (o, lr) in optimizers.items() if o.parameters}
+
+
+@contextmanager
+def averaged(model, optimizers: dict[str, tuple[Muon | AdamW, float]]):
+    """Within the block the model's trained parameters have the values of their running means (``ema``)."""
+    parameters = dict(model.named_parameters())
+    means = {n: mean for optimizer, _ in optimizers.values() for n, mean in optimizer.averages().items()}
+    own = {n: parameters[n].detach().clone() for n in means}
+    try:
+        put(parameters, means)
+        yield
+    finally:
+        put(parameters, own)
+
+
+@torch.no_grad()
+def put(parameters: dict[str, torch.nn.Parameter], values: dict[str, torch.Tensor]) -> None:
+    """Copies `values` into the parameters of the same names."""
+    for name, value in values.items():
+        parameters[name].copy_(value)

@@ -25,6 +25,7 @@ from glm5.recipes.load import to_toml
 from glm5.train.checkpoint import CheckpointStore, Manifest
 from glm5.train.loop import StageState, train_stage
 from glm5.train.metrics import MetricsLog
+from glm5.train.parameters import make_optimizers, put
 from glm5.train.plan import config_of
 from glm5.train.stages import stage_of
 
@@ -108,11 +109,16 @@ def load_model_tensors(model, manifest: Manifest, tensors: dict[str, torch.Tenso
             tensor.copy_(tensors[name])
 
 
-def load_run(folder: Path, say: Callable[[str], None] = print):
+def load_run(folder: Path, say: Callable[[str], None] = print, average: bool = False):
     """The model of the newest checkpoint in a run folder, with the form of attention that its stage trained.
 
+    Args:
+        folder: of the run.
+        say: told of what is damaged.
+        average: take the running mean of the weights (``ema``) of those that the stage trained.
+
     Raises:
-        ValueError: it is no run folder, or has no checkpoint that is whole.
+        ValueError: it is no run folder, has no checkpoint that is whole, or keeps no average.
     """
     if not (folder / "recipe.toml").is_file():
         raise ValueError(f"{folder} is not a run folder: it has no recipe.toml; `glm5 run foundation` makes one")
@@ -123,8 +129,15 @@ def load_run(folder: Path, say: Callable[[str], None] = print):
         raise ValueError(f"{folder} has no checkpoint yet")
     manifest, files = loaded
     model = build_model(recipe)
-    stage_of(recipe, manifest.stage).form.give(model)
+    stage = stage_of(recipe, manifest.stage)
+    stage.form.give(model)
     load_model_tensors(model, manifest, files["model"])
+    if average:
+        if not stage.recipe.ema:
+            raise ValueError(f"{folder} keeps no average of the weights: stages.{manifest.stage}.ema is 0 in its recipe")
+        for key, (optimizer, _) in make_optimizers(model, stage).items():
+            optimizer.load_state_dict(files[key])
+            put(dict(model.named_parameters()), optimizer.averages())
     return model
 
 

@@ -59,7 +59,17 @@ class Stage:
 
     def losses(self, model, batch) -> dict:
         """``model.losses`` of `batch`, those that this stage wants; the total is their weighted sum."""
-        return model.losses(batch, mtp_depth=self.recipe.mtp_depth, indexer=self.indexer)
+        watched = self.recipe.balance_weight or self.recipe.z_loss
+        return model.losses(
+            batch,
+            mtp_depth=self.recipe.mtp_depth,
+            indexer=self.indexer,
+            router_sequence_length=self.recipe.sequence_length if watched else None,
+        )
+
+    def loss_counts(self, model, batch) -> dict:
+        """``model.loss_counts`` of those losses."""
+        return model.loss_counts(batch, mtp_depth=self.recipe.mtp_depth, indexer=self.indexer)
 
     def after_update(self, model, expert_load) -> None:
         """What follows an update of the parameters. `expert_load`: int [MoE layers, E], tokens each expert got in it."""
