@@ -117,3 +117,27 @@ def test_many_points_are_drawn_faint_under_their_mean_and_few_are_marked():
     assert many.count("<polyline") == 2 and "<circle" not in many
     few = line_chart({"a": [(x, x % 7) for x in range(3)]}, "x", "y")
     assert few.count("<polyline") == 1 and few.count("<circle") == 3
+
+
+def test_scores_in_long_contexts_are_tables_of_stages_and_lengths(folder):
+    score = {"low": 0.0, "high": 1.0, "items": 50}
+    longctx = {
+        stage: {
+            "attention": attention,
+            "scores": {
+                length: {task: {"share": share} | score for task in ("niah-single", "average")} for length in ("256", "1024")
+            },
+        }
+        for stage, attention, share in (("midtrain", "dense", 0.981), ("dsa-warmup", "sparse", 0.707))
+    }
+    (folder / "evaluation.json").write_text(json.dumps(EVALUATION | {"longctx": longctx}))
+    page = write_report(folder).read_text()
+    assert "<tr><th>average</th><th>256</th><th>1024</th></tr><tr><td>midtrain (dense)</td><td>98.1</td>" in page
+    assert "<td>+ dsa-warmup (sparse)</td><td>70.7</td><td>70.7</td>" in page
+    assert page.count("<h2>Long context</h2>") == 1 and "50 items of each task" in page
+    assert "Long context" not in _without_longctx(folder)
+
+
+def _without_longctx(folder):
+    (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
+    return write_report(folder).read_text()

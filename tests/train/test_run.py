@@ -266,3 +266,32 @@ def test_kill_9_at_random_moments_ends_with_the_same_bits(uninterrupted, tmp_pat
         break
     assert kills >= 3 and process.returncode == 0
     assert final_state(folder) == final_state(uninterrupted)
+
+
+LONG = ["evaluation.longctx.lengths=[160, 220]", "evaluation.longctx.items=2"]
+
+
+def test_long_contexts_are_asked_after_every_stage_if_the_recipe_says_so(tmp_path):
+    tasks = 'evaluation.longctx.tasks=["niah-single"]'
+    results = carry_out(small_recipe(*LONG, tasks), tmp_path)
+    forms = {stage: each["attention"] for stage, each in results["longctx"].items()}
+    assert forms == {"pretrain": "dense", "midtrain": "dense", "dsa-warmup": "sparse", "dsa-sparse": "sparse"}
+    for each in results["longctx"].values():
+        assert {length: list(scores) for length, scores in each["scores"].items()} == {
+            length: ["niah-single", "average"] for length in ("160", "220")
+        }
+    assert json.loads((tmp_path / "foundation" / "evaluation.json").read_text())["longctx"] == results["longctx"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["evaluation.longctx.lengths=[9000]"], r"evaluation.longctx.lengths\[0\]: 9000 tokens"),
+        (["evaluation.longctx.lengths=[60]"], "evaluation.longctx: an item of niah-single|evaluation.longctx: .* needs"),
+        ([*LONG, 'evaluation.longctx.tasks=["niah"]'], "evaluation.longctx: no task 'niah'"),
+        ([*LONG, "evaluation.longctx.shape.needle=3"], "evaluation.longctx: .*needle"),
+    ],
+)
+def test_questions_that_cannot_be_asked_are_refused_at_the_start(overrides, said):
+    with pytest.raises(RecipeError, match=said):
+        build_model(small_recipe(*overrides))

@@ -12,7 +12,7 @@ from importlib import import_module
 
 import glm5
 
-COMMANDS = ("run", "train", "data", "generate", "convert", "bench", "check", "doctor")
+COMMANDS = ("run", "train", "data", "generate", "eval", "convert", "bench", "check", "doctor")
 
 
 def _parser() -> argparse.ArgumentParser:

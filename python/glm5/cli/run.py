@@ -54,7 +54,8 @@ def carry_out(args, last: str | None) -> None:
         raise RecipeError("--layout is for --dry-run: glm5 trains in one process")
     _want_memory(recipe)
 
-    from glm5.report import read_metrics, stage_speeds, summary_rows, text_table, write_report
+    from glm5.eval.longctx import columns
+    from glm5.report import long_context_tables, read_metrics, stage_speeds, summary_rows, text_table, write_report
     from glm5.train.run import build_model, open_run, prepare, run_stages
 
     prepare(recipe)
@@ -67,6 +68,8 @@ def carry_out(args, last: str | None) -> None:
         work.close()
     if "about" in results:
         print(f"\n{text_table(summary_rows(results), results['about']['topk'])}")
+    for lines in long_context_tables(results)[:1]:
+        print(f"\nLong context, % found:\n{columns(lines)}")
     print(f"\nTraining speed: {stage_speeds(read_metrics(work.folder / 'metrics.jsonl'))}")
     for sample in results.get("samples", []):
         print(f"\n{sample['title']}:\n{sample['prompt']}{sample['text']}")

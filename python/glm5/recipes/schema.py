@@ -98,6 +98,15 @@ class StageRecipe(_Strict):
         return self.sequence_length * self.packs_per_step
 
 
+class LongContextRecipe(_Strict):
+    """Tasks of ``glm5.data.synthetic`` that are asked after every stage; see ``glm5.eval.longctx``."""
+
+    lengths: tuple[PositiveInt, ...] = ()  # tokens; none: nothing is asked
+    tasks: tuple[str, ...] = ("niah-single", "niah-multikey", "niah-multivalue", "niah-multiquery")
+    items: PositiveInt = 50  # of each task at each length
+    shape: dict[str, PositiveInt] = Field(default_factory=dict)  # fields of glm5.data.synthetic.Shape
+
+
 class EvaluationRecipe(_Strict):
     domain: str = ""  # whose held-out documents are measured after every stage; not named: the first stage's main one
     sequence_length: int = Field(1024, ge=2)
@@ -106,6 +115,7 @@ class EvaluationRecipe(_Strict):
     sample_prompt: str = "def "
     sample_tokens: NonNegativeInt = 240
     sample_temperature: NonNegativeFloat = 0.7
+    longctx: LongContextRecipe = LongContextRecipe()
     chat_prompts: tuple[str, ...] = ()  # first messages to a model that has learnt conversations
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from glm5._files import write_atomically
 from glm5.report.chart import line_chart
-from glm5.report.table import Row, summary_rows
+from glm5.report.table import Row, long_context_tables, summary_rows
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8885; --soft: #888; }
@@ -54,6 +54,7 @@ def _page(name: str, evaluation: dict, metrics: list[dict], recipe: str) -> str:
             "selected. KL: nats a row from attention to the indexer, over all keys or, after sparse adaptation, over the "
             "selected ones.</p>"
         )
+    body += _long_context(evaluation)
     for title, caption, chart in _charts(metrics, evaluation):
         body.append(f"<h2>{escape(title)}</h2><figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>")
     for sample in evaluation.get("samples", []):
@@ -78,6 +79,25 @@ def _table(rows: list[Row], topk: int) -> str:
         cells = [row.name, *("" if value is None else f"{value:{form}}" for value, form in numbers)]
         lines.append("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>")
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _long_context(evaluation: dict) -> list[str]:
+    tables = long_context_tables(evaluation)
+    if not tables:
+        return []
+    scores = next(iter(next(iter(evaluation["longctx"].values()))["scores"].values()))
+    items = min(score["items"] for score in scores.values())
+    head = (
+        f"<h2>Long context</h2><p class=note>Percent of what was asked for that greedy answers hold, over documents of so "
+        f"many tokens; {items} items of each task.</p>"
+    )
+    return [head, *(f'<div class="wide"><table>{_table_rows(lines)}</table></div>' for lines in tables)]
+
+
+def _table_rows(lines: list[tuple[str, ...]]) -> str:
+    kinds = ("th", *("td" for _ in lines[1:]))
+    rows = ("".join(f"<{k}>{escape(c)}</{k}>" for c in line) for k, line in zip(kinds, lines, strict=True))
+    return "".join(f"<tr>{row}</tr>" for row in rows)
 
 
 def _charts(metrics: list[dict], evaluation: dict):

@@ -1,6 +1,8 @@
-"""The final table: what each way of choosing keys costs, in nats per byte. Input is ``evaluation.json``."""
+"""The final tables: what each way of choosing keys costs, what is found in long contexts. Input is ``evaluation.json``."""
 
 from dataclasses import dataclass
+
+from glm5.eval.longctx import AVERAGE, table_lines
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,25 @@ def summary_rows(evaluation: dict) -> list[Row]:
     """Rows of the table, in the order of the run."""
     fields = ("nats_per_byte", "long_rows", "recall", "kl")
     return [Row(each["title"], *map(each.get, fields)) for each in evaluation.get("measured", {}).values()]
+
+
+def long_context_rows(evaluation: dict) -> list[tuple[str, dict]]:
+    """(name, scores) after each stage that was asked: the first by its name, later ones as "+ stage"."""
+    found = evaluation.get("longctx", {})
+    return [
+        (f"{'+ ' if i else ''}{stage} ({each['attention']})", each["scores"])
+        for i, (stage, each) in enumerate(found.items())
+    ]
+
+
+def long_context_tables(evaluation: dict) -> list[list[tuple[str, ...]]]:
+    """Head and rows of each table: the mean of the tasks first, then task by task; a length a column, percent."""
+    rows = long_context_rows(evaluation)
+    if not rows:
+        return []
+    first = rows[0][1]
+    tasks = next(iter(first.values()))
+    return [table_lines(rows, list(first), task) for task in (AVERAGE, *(task for task in tasks if task != AVERAGE))]
 
 
 def text_table(rows: list[Row], topk: int) -> str:

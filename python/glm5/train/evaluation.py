@@ -11,6 +11,8 @@ import torch
 from glm5._files import write_atomically
 from glm5.data import ByteTokenizer, ChatTemplate
 from glm5.data.shards import VALIDATION
+from glm5.data.synthetic import Shape
+from glm5.eval import longctx
 from glm5.model.selection import last_keys, random_keys
 from glm5.train.stages import stage_of
 from glm5.train.validation import batches, indexer_kl, language_loss, selection_recall
@@ -35,7 +37,8 @@ class Evaluator:
     """Evaluates one run's model.
 
     ``results["measured"]`` maps labels such as "dsa-sparse/random" (stage and form) to a title and numbers, in the order of
-    the run; "done" names the stages that were measured; "recalls", "samples" and "about" are for the report.
+    the run; "done" names the stages that were measured; "longctx" maps them to scores at each length, where the recipe asks
+    for it; "recalls", "samples" and "about" are for the report.
     """
 
     def __init__(self, run, model):
@@ -80,6 +83,10 @@ class Evaluator:
         for label, other in [("own", name), *(("before", other) for other in names[names.index(name) + 1 :][:1])]:
             if (domain := self.run.main_domain(other)) != self._domain():
                 self._keep(other, {label: self._loss(stage.form.attention, domain=domain)}, domain)
+        if self.recipe.longctx.lengths:
+            # A warm-up's own form is dense; what it made of the indexers shows in the sparse one.
+            attention = "sparse" if stage.indexer == "warmup" else stage.form.attention
+            self.results.setdefault("longctx", {})[name] = {"attention": attention, "scores": self._long_context(attention)}
         if name == names[-1]:
             self.results["samples"] = [self._sample(stage.form.attention), *self._answers(stage.form.attention)]
         self.results["about"] = {
@@ -133,6 +140,12 @@ class Evaluator:
         curve = self.results.setdefault("recalls", [])
         curve.append({"at": (curve[-1]["at"] if curve else 0) + steps} | measured)
         return {"recall": measured["indexer"]}
+
+    def _long_context(self, attention: str) -> dict:
+        wanted = self.recipe.longctx
+        options = dict(seed=self.run.recipe.seed, attention=attention, shape=Shape(**wanted.shape))
+        scores = longctx.evaluate(self.model, ByteTokenizer(), wanted.lengths, wanted.tasks, wanted.items, **options)
+        return longctx.to_json(scores)
 
     def _sample(self, attention: str) -> dict:
         text = generate_text(

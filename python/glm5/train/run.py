@@ -20,6 +20,7 @@ from glm5._files import write_atomically
 from glm5.data import ByteTokenizer, ChatTemplate, MixedDataset
 from glm5.data.build import build_data, default_folder
 from glm5.data.shards import VALIDATION, DataFolder
+from glm5.data.synthetic import Shape, make_item
 from glm5.recipes import Recipe, RecipeError, load_data_recipe, load_recipe
 from glm5.recipes.load import to_toml
 from glm5.train.checkpoint import CheckpointStore, Manifest
@@ -63,11 +64,13 @@ def _want_fitting(recipe: Recipe, config) -> None:
     chats = [len(ChatTemplate("glm-5").render([{"role": "user", "content": p}]).ids) + 2 for p in evaluation.chat_prompts]
     prompt = max([prompt, *chats])
     lengths[f"evaluation.sample_tokens with a prompt of {prompt}"] = prompt + evaluation.sample_tokens
+    lengths |= {f"evaluation.longctx.lengths[{i}]": length for i, length in enumerate(evaluation.longctx.lengths)}
     for key, length in lengths.items():
         if length > config.max_position_embeddings:
             raise RecipeError(
                 f"{key}: {length} tokens, want at most max_position_embeddings, {config.max_position_embeddings}"
             )
+    _want_answerable(evaluation.longctx)
     for name, stage in recipe.stages.items():
         if stage.mtp_depth and not config.num_nextn_predict_layers:
             raise RecipeError(f"stages.{name}.mtp_depth is {stage.mtp_depth}, want 0: the model has no MTP layer")
@@ -76,6 +79,16 @@ def _want_fitting(recipe: Recipe, config) -> None:
                 want_group_size(config, stage.int4_group_size)
             except ValueError as error:
                 raise RecipeError(f"stages.{name}.{error}") from None
+
+
+def _want_answerable(longctx) -> None:
+    """Makes an item of each task at each length."""
+    for length in longctx.lengths:
+        for task in longctx.tasks:
+            try:
+                make_item(task, 0, 0, length, ByteTokenizer(), shape=Shape(**longctx.shape))
+            except (ValueError, TypeError) as error:
+                raise RecipeError(f"evaluation.longctx: {error}") from None
 
 
 def model_tensors(model) -> dict[str, torch.Tensor]:
