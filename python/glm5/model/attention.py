@@ -112,6 +112,7 @@ class Pass:
     collect: bool = False
     reuse_indices: bool = False  # a later MTP iteration that shares the first one's indices
     plain: bool = False  # nothing but the output is wanted of sparse attention, and no gradient
+    recompute: bool = False  # whether layers forget their activations and compute them again in the backward
     sequence_length: int | None = None  # tokens a sequence where the losses of the routers are wanted
     # left behind
     hidden: list[torch.Tensor] | None = None  # [T, H] before each layer, where wanted

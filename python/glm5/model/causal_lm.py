@@ -74,7 +74,7 @@ class Glm5ForCausalLM(nn.Module):
         self.to(dtype)
         self._rotary = RotaryTable(*rope_frequencies(config), config.max_position_embeddings)
         self.extra_config: dict = {}  # what else the config.json said that the weights came with
-        self._attention = "dense"
+        self._attention, self._checkpointing = "dense", "none"
         self._select: Callable[[Selection], torch.Tensor] | None = None
         device = torch.get_default_device() if device is None else torch.device(device)
         if device.type != "meta":
@@ -162,6 +162,17 @@ class Glm5ForCausalLM(nn.Module):
             raise ValueError(f"Glm5ForCausalLM.attention is {form!r}, want 'dense' or 'sparse'")
         self._attention = form
 
+    @property
+    def checkpointing(self) -> str:
+        """What a backward computes again instead of keeping it: "none" or "layers", each from its input."""
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, what: str) -> None:
+        if what not in ("none", "layers"):
+            raise ValueError(f"Glm5ForCausalLM.checkpointing is {what!r}, want 'none' or 'layers'")
+        self._checkpointing = what
+
     def set_rope_theta(self, theta: float) -> None:
         """Turns the rotary frequencies to another base, as GLM does when the context grows (GLM-4.5 report: 1e4 to 1e6 at
         32K). The config changes with them, so that ``save_pretrained`` writes what the model computes.
@@ -197,6 +208,11 @@ class Glm5ForCausalLM(nn.Module):
             want_group_size(self.config, size)
         for layer in self.moe_layers():
             layer.experts.int4_group_size = size
+
+    def tables(self) -> tuple[torch.Tensor, ...]:
+        """What every pass reads beside parameters and buffers: the cosines and sines of the positions."""
+        device = self.head_weight.device
+        return self._rotary.on(device, at_least_float32(self.head_weight))
 
     def moe_layers(self) -> list[MoE]:
         """The MoE blocks in layer order, the MTP layer's last: the order of ``expert_load``."""
@@ -313,6 +329,7 @@ class Glm5ForCausalLM(nn.Module):
             cache=cache,
             select=self._select,
             collect=collect,
+            recompute=self.checkpointing == "layers" and torch.is_grad_enabled() and cache is None and not collect,
             plain=(attention or self.attention) == "sparse" and indexer == "none" and self._select is None and not collect,
         )
 

@@ -4,8 +4,12 @@ A batch is one row of tokens, [T]; which keys a token may see is its range [ks, 
 sequences and a prefill chunk are the same thing to every layer.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from glm5.model.attention import MLA, Pass
 from glm5.model.config import Glm5Config
@@ -81,6 +85,31 @@ class MtpLayer(DecoderLayer):
         return self(self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], -1)), run)
 
 
+def carry_out(layer: DecoderLayer, compute: Callable, run: Pass, *inputs: torch.Tensor) -> torch.Tensor:
+    """``compute(*inputs, run)`` of a layer. With ``run.recompute`` its activations are forgotten and computed again in the
+    backward: same ops, same bits. What the layer leaves behind in ``run`` is left there once."""
+    if not run.recompute:
+        return compute(*inputs, run)
+    learning = torch.is_grad_enabled()
+    given = replace(run)
+    if layer.self_attn.indexer is not None and not run.reuse_indices:  # it reads nothing of the layers before
+        given.indices = given.indexed = None
+
+    def forward(*inputs):
+        own = replace(given, kl=[], router_losses=[], group_ends={})
+        with torch.set_grad_enabled(learning):
+            return compute(*inputs, own), own
+
+    with torch.enable_grad():  # where the model is frozen its indexers learn
+        out, own = checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+    run.indices, run.indexed = own.indices, own.indexed
+    run.kl += own.kl
+    run.router_losses += own.router_losses
+    for number, ends in own.group_ends.items():
+        run.group_ends[number] = run.group_ends[number] + ends if number in run.group_ends else ends
+    return out
+
+
 class Backbone(nn.Module):
     """Embedding, blocks, final norm; the MTP layer, when there is one, stands last in ``layers``."""
 
@@ -106,7 +135,7 @@ class Backbone(nn.Module):
         for layer in self.layers[: self.config.num_hidden_layers]:
             if run.hidden is not None:
                 run.hidden.append(x)
-            x = layer(x, run)
+            x = carry_out(layer, layer, run, x)
         return self.norm(x)
 
     def unroll_mtp(self, tokens: torch.Tensor, hidden: torch.Tensor, run: Pass, depth: int):
@@ -119,5 +148,5 @@ class Backbone(nn.Module):
             run.reuse_indices = d > 1 and self.config.index_share_for_mtp_iteration
             ahead = nn.functional.pad(tokens[d:], (0, min(d, tokens.shape[0])))
             following = torch.where(reaches(run.positions, run.ks, d), ahead, tokens)
-            hidden = self.mtp.step(hidden, self.embed_tokens(following), run)
+            hidden = carry_out(self.mtp, self.mtp.step, run, hidden, self.embed_tokens(following))
             yield self.mtp.shared_head.norm(hidden)

@@ -63,6 +63,8 @@ class StageRecipe(_Strict):
     balance_weight: NonNegativeFloat = 0.0  # of the sequence-level balance loss of the experts; GLM-4.5: 1e-4
     z_loss: NonNegativeFloat = 0.0  # weight of the squared log-sum-exp of the routers' logits
     micro_batches: PositiveInt = 1  # parts in which a step's packs are computed; memory of one, the step of all
+    checkpointing: Literal["none", "layers"] = "none"  # layers: each is computed again in the backward, from its input
+    offload: Literal["none", "host", "file"] = "none"  # where activations wait for the backward
     clip_norm: NonNegativeFloat = 0.0  # largest norm of the gradient of all trained parameters together; 0: no limit
     ema: float = Field(0.0, ge=0, lt=1)  # decay of a running mean of the weights, one a step; 0: none is kept
     rope_theta: NonNegativeFloat = 0.0  # midtrain: the rotary base from here on, and in later stages; 0: no other

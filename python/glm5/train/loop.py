@@ -7,6 +7,7 @@ is known by name here. What comes before and after a stage is ``run.py``'s busin
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from glm5.data import MixedDataset
 from glm5.recipes import StageRecipe
 from glm5.train.metrics import MetricsLog, Progress
+from glm5.train.offload import Offload
 from glm5.train.parameters import averaged, make_optimizers
 from glm5.train.schedule import lr_factor
 from glm5.train.stages import Stage
@@ -45,7 +47,9 @@ def total_loss(losses: dict, recipe: StageRecipe) -> torch.Tensor:
     return sum(parts[1:], parts[0])
 
 
-def accumulate(stage: Stage, model, batches: list, check: Callable[[dict], None]) -> tuple[dict, torch.Tensor]:
+def accumulate(
+    stage: Stage, model, batches: list, check: Callable[[torch.Tensor, dict], None], saving: Callable = nullcontext
+) -> tuple[dict, torch.Tensor]:
     """The gradient of a step's losses, its packs computed a part at a time.
 
     A loss of the step is the mean over all of its terms, not the mean of the parts' means: each part's loss counts by its
@@ -54,26 +58,29 @@ def accumulate(stage: Stage, model, batches: list, check: Callable[[dict], None]
     Args:
         batches: the parts.
         check: called with each part's total loss and the losses that it is made of, before its backward.
+        saving: makes the context for forward and backward of each part, such as ``Offload.saving``.
 
     Returns:
         The step's losses as plain numbers, and the load of the experts summed over the parts.
     """
     if len(batches) == 1:
-        losses = stage.losses(model, batches[0])
-        loss, shown = total_loss(losses, stage.recipe), scalars(losses)
-        check(loss, shown)
-        loss.backward()
+        with saving():
+            losses = stage.losses(model, batches[0])
+            loss, shown = total_loss(losses, stage.recipe), scalars(losses)
+            check(loss, shown)
+            loss.backward()
         return shown, losses["expert_load"]
 
     counts = [flat(stage.loss_counts(model, batch)) for batch in batches]
     totals = {name: max(sum(each[name] for each in counts), 1) for name in counts[0]}
     summed, load = {}, 0
     for batch, count in zip(batches, counts, strict=True):
-        losses = stage.losses(model, batch)
-        weighted = {n: loss * (count[n] / totals[n]) for n, loss in flat(losses).items() if n in totals and loss is not None}
-        loss, shown = total_loss(nested(losses, weighted), stage.recipe), {n: x.item() for n, x in weighted.items()}
-        check(loss, shown)
-        loss.backward()
+        with saving():
+            losses = stage.losses(model, batch)
+            weighted = {n: loss * (count[n] / totals[n]) for n, loss in flat(losses).items() if loss is not None}
+            loss, shown = total_loss(nested(losses, weighted), stage.recipe), {n: x.item() for n, x in weighted.items()}
+            check(loss, shown)
+            loss.backward()
         summed = {n: summed.get(n, 0.0) + x for n, x in shown.items()}
         load = load + losses["expert_load"]
     return summed, load
@@ -110,7 +117,10 @@ def train_stage(
             optimizer.load_state_dict(state.optimizers[key])
     progress = Progress(name, recipe.steps)
     progress.update(state.step, recipe.tokens_per_step)
-    parts = recipe.micro_batches
+    parts, model.checkpointing = recipe.micro_batches, recipe.checkpointing
+    keeper = None
+    if recipe.offload != "none":
+        keeper = Offload(recipe.offload, [*model.parameters(), *model.buffers(), *model.tables()])
     for _, p in model.named_parameters():  # what is summed over several parts is summed in float32
         p.grad_dtype = torch.promote_types(p.dtype, torch.float32) if parts > 1 else p.dtype
 
@@ -125,7 +135,7 @@ def train_stage(
         started = time.perf_counter()
         places = range(state.step * parts, (state.step + 1) * parts)
         batches = [dataset.batch(place, recipe.packs_per_step // parts, first_pack) for place in places]
-        shown, expert_load = accumulate(stage, model, batches, check)
+        shown, expert_load = accumulate(stage, model, batches, check, keeper.saving if keeper else nullcontext)
         norm, spoiled = gradient_norm(optimizers)
         if spoiled:
             raise TrainingError(
@@ -153,10 +163,13 @@ def train_stage(
             step=state.step,
             **shown,
             gradient_norm=norm,
+            **({"offloaded": keeper.bytes["out"]} if keeper else {}),
             lr_factor=factor,
             tokens_per_s=round(speed),
             seconds=round(seconds, 4),
         )
+        if keeper:
+            keeper.clear()
         if validate and stage.validates and state.step % recipe.validate_every == 0 and state.step < recipe.steps:
             measured = {"validation": validate()}
             if recipe.ema:
@@ -167,6 +180,8 @@ def train_stage(
             state.optimizers = {key: optimizer.state_dict() for key, (optimizer, _) in optimizers.items()}
             save(state)
     progress.close()
+    if keeper:
+        keeper.close()
 
 
 def touched_though_frozen(model, optimizers: dict) -> list[str]:
