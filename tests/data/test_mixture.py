@@ -84,7 +84,7 @@ def documents(domain):
 
 # ---- quotas
 
-mixes = st.dictionaries(st.sampled_from("abcdef"), st.floats(0.01, 100), min_size=1, max_size=6)
+mixes = st.dictionaries(st.sampled_from("abcdef"), st.floats(0.5, 100), min_size=1, max_size=6)
 
 
 @given(mixes)
