@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from glm5.data import ByteTokenizer, DataError, DataWriter, MixedDataset, mixture
 from glm5.data.mixture import MIX_PERIOD
-from glm5.data.random import Order
+from glm5.data.random import Order, generator
 from tests.data.folders import random_text, text_folder
 
 IGNORED, SIZE = -100, 64
@@ -118,6 +118,15 @@ def test_an_order_is_a_permutation(length, seed, index, of):
     assert np.array_equal(order[some], whole[some])
     if length > 50:
         assert not np.array_equal(whole, Order(seed, 4, index + 1, length, of)[np.arange(length)])
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)), min_size=2, max_size=5, unique=True))
+def test_every_index_and_owner_has_a_stream_of_its_own(counters):
+    drawn = [generator(7, 4, index, of).integers(0, 1 << 64, 4, dtype=np.uint64).tolist() for index, of in counters]
+    assert all(a != b for i, a in enumerate(drawn) for b in drawn[:i])
+    for (index, of), numbers in zip(counters, drawn, strict=True):
+        philox = np.random.Philox(key=[7, 4], counter=index << 128 | of << 192)  # one integer of 256 bits
+        assert philox.random_raw(4).tolist() == numbers
 
 
 def test_an_order_is_about_uniform():

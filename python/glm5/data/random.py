@@ -17,7 +17,9 @@ _U = np.uint64
 
 def generator(seed: int, stream: int, index: int = 0, of: int = 0) -> np.random.Generator:
     """A Philox generator keyed by (seed, stream), at a block of its counter that belongs to (index, of) alone."""
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, index, of]))
+    # As uint64: a list with a number past 2^63 in it becomes floating point.
+    counter = np.array([0, 0, index, of], np.uint64)
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=counter))
 
 
 def permutation(seed: int, stream: int, index: int, length: int, of: int = 0) -> np.ndarray:
