@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm5.data import ByteTokenizer, DataError, DataWriter, MixedDataset, mixture
-from glm5.data.mixture import MIX_PERIOD
+from glm5.data.mixture import MIX_PERIOD, mix_shares
 from glm5.data.random import Order, generator
 from tests.data.folders import random_text, text_folder
 
@@ -89,10 +89,11 @@ mixes = st.dictionaries(st.sampled_from("abcdef"), st.floats(0.5, 100), min_size
 
 @given(mixes)
 def test_every_domain_is_always_within_a_pack_of_its_due(mix):
-    quotas = mixture._Quotas(mix)
-    assert sum(quotas.shares) == MIX_PERIOD
-    for share, weight in zip(quotas.shares, mix.values(), strict=True):
-        assert abs(share - MIX_PERIOD * weight / sum(mix.values())) < 1
+    shares = mix_shares(mix)
+    assert sum(shares.values()) == MIX_PERIOD and list(shares) == sorted(mix)
+    for name, weight in mix.items():
+        assert abs(shares[name] - MIX_PERIOD * weight / sum(mix.values())) < 1
+    quotas = mixture._Quotas(list(shares.values()))
     domains = np.array([quotas.place(g)[0] for g in range(MIX_PERIOD + 10)])
     for d, share in enumerate(quotas.shares):
         counts = np.cumsum(domains == d)
@@ -101,7 +102,7 @@ def test_every_domain_is_always_within_a_pack_of_its_due(mix):
 
 @given(mixes, st.integers(0, 10**12))
 def test_a_place_counts_the_packs_of_its_domain(mix, first):
-    quotas = mixture._Quotas(mix)
+    quotas = mixture._Quotas(list(mix_shares(mix).values()))
     found = [quotas.place(g) for g in range(first, first + 300)]
     for d in range(len(mix)):
         mine = [place for domain, place in found if domain == d]
@@ -238,6 +239,12 @@ def test_steps_of_another_size_and_start_are_cut_from_the_same_row():
     packs = torch.cat([data.batch(i, 4).tokens for i in range(6)])
     assert torch.equal(packs, data.batch(0, 24).tokens)
     assert torch.equal(packs[5 * SIZE :], torch.cat([data.batch(i, 1, 5).tokens for i in range(19)]))
+
+
+def test_the_order_and_the_scale_of_weights_mean_nothing():
+    mixes = [{"code": 1.0, "web": 3.0}, {"web": 3.0, "code": 1.0}, {"web": 0.6, "code": 0.2}]
+    first, *others = [dataset(mix).batch(0, 30) for mix in mixes]
+    assert all(same(first, other) for other in others)
 
 
 def test_seed_epoch_and_domain_decide_the_order():

@@ -37,7 +37,7 @@ class MixedDataset:
     Args:
         data: where the documents are.
         mix: domain -> weight. Of the first G packs, G * weight / (sum of weights) are of that domain, to within one pack;
-            shares are rounded to multiples of 1 / ``MIX_PERIOD`` by largest remainder.
+            shares are rounded to multiples of 1 / ``MIX_PERIOD`` by largest remainder. Their order means nothing.
         sequence_length: the longest piece, and the size of a pack.
         seed: decides the order of documents and of packs.
         rank, world_size: which share of every step's packs ``batch`` gives: all shares, one after the other, are the step.
@@ -68,8 +68,9 @@ class MixedDataset:
             raise ValueError(f"MixedDataset: long_document_power is {long_document_power}, want a number >= 0")
         self.sequence_length, self.rank, self.world_size = sequence_length, rank, world_size
         self._eos = data.manifest.tokenizer.vocab_size - len(SPECIAL_TOKENS)  # the special tokens come last, this one first
-        self._mix = _Quotas(mix)
-        self._domains = [_DomainPacks(data.domain(name), sequence_length, seed, long_document_power) for name in mix]
+        shares = mix_shares(mix)
+        self._mix = _Quotas(list(shares.values()))
+        self._domains = [_DomainPacks(data.domain(name), sequence_length, seed, long_document_power) for name in shares]
 
     def batch(self, step: int, packs_per_step: int, first_pack: int = 0) -> Batch:
         """This rank's share of step number `step` of a stage that begins `first_pack` packs into the endless row.
@@ -114,18 +115,29 @@ class MixedDataset:
         return Batch(*(torch.from_numpy(a) for a in (tokens, targets, place - ks, ks, place + 1)))
 
 
+def mix_shares(mix: Mapping[str, float]) -> dict[str, int]:
+    """Packs of each domain in a period of ``MIX_PERIOD``, in the order of their names: equal shares, equal packs.
+
+    Raises:
+        ValueError: no domain, a weight that is not above zero, a share too small.
+    """
+    weights = dict(sorted(mix.items()))
+    if not mix or not all(0 < weight < math.inf for weight in weights.values()):
+        raise ValueError(f"mix is {dict(mix)}, want domains with weights above zero")
+    total = sum(weights.values())
+    shares = dict(zip(weights, _largest_remainder([w / total for w in weights.values()], MIX_PERIOD), strict=True))
+    for name, share in shares.items():
+        if share == 0:
+            raise ValueError(f"mix gives {name} a share below 1 / {MIX_PERIOD}; raise its weight")
+    return shares
+
+
 class _Quotas:
     """Which domain pack g is of, and how many of that domain come before it: O(1), from a table of one period."""
 
-    def __init__(self, mix: Mapping[str, float]):
-        weights = list(mix.values())
-        if not mix or not all(0 < weight < math.inf for weight in weights):
-            raise ValueError(f"MixedDataset: mix is {dict(mix)}, want domains with weights above zero")
-        self.shares = _largest_remainder([weight / sum(weights) for weight in weights], MIX_PERIOD)
-        for name, share in zip(mix, self.shares, strict=True):
-            if share == 0:
-                raise ValueError(f"MixedDataset: mix gives {name} a share below 1 / {MIX_PERIOD}; raise its weight")
-        self._domain, self._before = _earliest_deadlines(self.shares)
+    def __init__(self, shares: list[int]):
+        self.shares = shares
+        self._domain, self._before = _earliest_deadlines(shares)
 
     def place(self, pack: int) -> tuple[int, int]:
         """(number of the domain, number of the pack among those of the domain)."""

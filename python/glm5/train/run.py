@@ -19,6 +19,7 @@ import torch
 from glm5._files import write_atomically
 from glm5.data import ByteTokenizer, ChatTemplate, MixedDataset
 from glm5.data.build import build_data, default_folder
+from glm5.data.mixture import mix_shares
 from glm5.data.shards import VALIDATION, DataFolder
 from glm5.data.synthetic import Shape, make_item
 from glm5.recipes import Recipe, RecipeError, load_data_recipe, load_recipe
@@ -182,7 +183,8 @@ class Run:
 
     def _source(self, name: str) -> tuple:
         stage = self.recipe.stages[name]
-        return tuple(_mix_of(self.recipe, name, self.data).items()), stage.sequence_length, stage.long_document_power
+        shares = mix_shares(_mix_of(self.recipe, name, self.data))  # of equal mixes, however they are written
+        return tuple(shares.items()), stage.sequence_length, stage.long_document_power
 
     def main_domain(self, name: str) -> str:
         """The domain with the largest share in a stage's mix."""
