@@ -4,7 +4,7 @@
 # Needs Python >= 3.10 with venv, g++ and make; cmake, ninja and everything else come from pip, as constraints.txt pins them.
 
 PYTHON ?= python3
-RECIPE ?= foundation
+RECIPE ?= tiny
 JOBS ?= $(shell nproc)
 PYTEST_FLAGS ?= --numprocesses=$(JOBS)
 

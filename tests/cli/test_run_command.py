@@ -19,7 +19,7 @@ def test_dry_run_prints_the_resolved_recipe_and_makes_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [printed]
 
 
-@pytest.mark.parametrize("command", [["run", "foundation"], ["train", "pretrain"]])
+@pytest.mark.parametrize("command", [["run", "foundation"], ["train", "pretrain", "--recipe", "foundation"]])
 def test_overrides_may_stand_before_and_after_options(command, tmp_path, capsys):
     assert main([*command, "seed=9", "--runs", str(tmp_path), "threads=1", "--dry-run", "name=other"]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -92,7 +92,7 @@ def test_mistakes_end_in_one_clear_line(arguments, message, capsys, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", [["run", "foundation"], ["train", "pretrain"]])
+@pytest.mark.parametrize("command", [["run", "foundation"], ["train", "pretrain", "--recipe", "foundation"]])
 def test_a_folder_that_cannot_be_written_is_named(command, capsys, tmp_path):
     (tmp_path / "runs").write_text("a file is in the way")
     assert main([*command, *SMALL, "--runs", str(tmp_path / "runs")]) == 1

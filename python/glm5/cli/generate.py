@@ -12,7 +12,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("text", nargs="?", metavar="PROMPT", help="text to continue (default: 'def ')")
     parser.add_argument("--prompt", help="the same as an option")
     parser.add_argument(
-        "--run", dest="folder", type=Path, default=Path("runs/foundation"), help="run folder (default: %(default)s)"
+        "--run", dest="folder", type=Path, default=Path("runs/tiny"), help="run folder (default: %(default)s)"
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face model directory, in place of a run")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of a directory's weights (default: as stored)")

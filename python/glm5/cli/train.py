@@ -10,7 +10,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "stage", help="name of a stage of the recipe, for example pretrain; the stages before it are run first"
     )
-    parser.add_argument("--recipe", default="foundation", help=f"{RECIPE_HELP} (default: %(default)s)")
+    parser.add_argument("--recipe", default="tiny", help=f"{RECIPE_HELP} (default: %(default)s)")
     add_recipe_options(parser)
 
 

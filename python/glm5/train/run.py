@@ -135,7 +135,7 @@ def load_run(folder: Path, say: Callable[[str], None] = print, average: bool = F
         ValueError: it is no run folder, has no checkpoint that is whole, or keeps no average.
     """
     if not (folder / "recipe.toml").is_file():
-        raise ValueError(f"{folder} is not a run folder: it has no recipe.toml; `glm5 run foundation` makes one")
+        raise ValueError(f"{folder} is not a run folder: it has no recipe.toml; `glm5 run tiny` makes one")
     recipe = load_recipe(folder / "recipe.toml")
     prepare(recipe)
     loaded = CheckpointStore(folder / "checkpoints", list(recipe.stages), writable=False).load_latest(say)
