@@ -67,6 +67,8 @@ def test_rates_and_packs_follow_the_step(monkeypatch, tmp_path, begin):
     stage = stage_of(small_recipe("stages.pretrain.steps=6", "stages.pretrain.warmup_steps=2"), "pretrain")
     monkeypatch.setattr(loop, "make_optimizers", lambda model, stage: {"only": (recorder, 0.5)})
     monkeypatch.setattr(loop, "total_loss", lambda *_: torch.ones((), requires_grad=True))
+    monkeypatch.setattr(loop, "step_flops", lambda *_: 0.0)
+    monkeypatch.setattr(loop, "rate", lambda *_: {})
     model = types.SimpleNamespace(
         losses=lambda *_, **__: losses() | {"expert_load": 0},
         update_router_bias=lambda *_: None,

@@ -67,7 +67,7 @@ def final_state(folder, stages=STAGES):
     newest = store.list()[-1]
     manifest, _ = store.load(newest)
     rows = [
-        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")}
+        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s", "flops_per_s", "share_of_peak")}
         for row in read_metrics(folder / "metrics.jsonl")
     ]
     return newest.name, manifest.files, (folder / "evaluation.json").read_text(), rows

@@ -125,6 +125,7 @@ class Recipe(_Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # also the name of the run's folder
     seed: int = Field(0, ge=0, lt=2**32)
     threads: PositiveInt = 2
+    wandb: str = ""  # project of Weights & Biases that gets the metrics too
     model: ModelRecipe
     data: DataRecipe = DataRecipe()
     stages: dict[StageName, StageRecipe] = Field(min_length=1)  # run in the order in which they are written

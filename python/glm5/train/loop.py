@@ -14,7 +14,8 @@ import torch
 
 from glm5.data import MixedDataset
 from glm5.recipes import StageRecipe
-from glm5.train.metrics import MetricsLog, Progress
+from glm5.train.counts import Keys, token_flops
+from glm5.train.metrics import MetricsLog, Progress, machine_peak
 from glm5.train.offload import Offload
 from glm5.train.parameters import averaged, make_optimizers
 from glm5.train.schedule import lr_factor
@@ -167,6 +168,7 @@ def train_stage(
             lr_factor=factor,
             tokens_per_s=round(speed),
             seconds=round(seconds, 4),
+            **rate(step_flops(model, stage, batches), seconds, model),
         )
         if keeper:
             keeper.clear()
@@ -182,6 +184,25 @@ def train_stage(
     progress.close()
     if keeper:
         keeper.close()
+
+
+def step_flops(model, stage: Stage, batches: list) -> float:
+    """Operations of the matrix products of a step, as ``train/counts.py`` counts them, on the keys that the batches have.
+
+    What is computed again because of ``checkpointing`` does not count.
+    """
+    visible = torch.cat([batch.ke - batch.ks for batch in batches]).double()
+    keys = Keys(float(visible.mean()), float(visible.clamp(max=model.config.index_topk).mean()))
+    form, depth = stage.form.attention, stage.recipe.mtp_depth
+    each = token_flops(model.config, keys, attention=form, indexer=stage.indexer, mtp_depth=depth)
+    return len(visible) * sum(each.values())
+
+
+def rate(flops: float, seconds: float, model) -> dict[str, float]:
+    """Operations a second, and their share of what the machine reaches on registers in the model's dtype."""
+    peak = machine_peak(next(model.parameters()).dtype, torch.get_num_threads())
+    share = {"share_of_peak": float(f"{flops / seconds / peak:.4g}")} if peak else {}
+    return {"flops_per_s": float(f"{flops / seconds:.4g}")} | share
 
 
 def touched_though_frozen(model, optimizers: dict) -> list[str]:

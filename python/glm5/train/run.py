@@ -247,7 +247,7 @@ def open_run(recipe: Recipe, runs: Path) -> Run:
                 (folder / "recipe.toml").unlink()
             raise
         store = CheckpointStore(folder / "checkpoints", list(recipe.stages))
-        return Run(recipe, folder, MetricsLog(folder / "metrics.jsonl"), store, data, lock)
+        return Run(recipe, folder, MetricsLog(folder / "metrics.jsonl", recipe.wandb), store, data, lock)
     except BaseException:
         os.close(lock)
         raise
