@@ -65,7 +65,10 @@ def test_no_command_shows_the_commands(capsys):
     [
         (["run", "nonsense"], "no recipe called 'nonsense'; there are foundation, glm-5, small"),
         (["run", "foundation", "stages.pretrain.lr=1"], "foundation.toml: unknown key stages.pretrain.lr; did you mean"),
-        (["train", "sft", "--recipe", "foundation"], "no stage called 'sft'; its stages are pretrain, midtrain, dsa-warmup"),
+        (
+            ["train", "sft", "--recipe", "foundation"],
+            "no stage called 'sft'; its stages are pretrain, midtrain, dsa-warmup, dsa-sparse",
+        ),
         (["run", "foundation", "model.overrides.hidden_sizes=3"], "did you mean model.overrides.hidden_size?"),
         (["run", "foundation", "model.overrides.rope_theta=3"], "unknown key model.overrides.rope_theta; did you mean"),
         (["run", "foundation", "model.overrides.rope_parameters=3"], "rope_parameters is 3, want a table"),
