@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from glm5.cli.main import main
 from glm5.data import ByteTokenizer
 from glm5.data.synthetic import TASKS, make_item
-from glm5.eval.longctx import answers, evaluate, string_match, table_lines, text_table, to_json, wilson
+from glm5.eval.longctx import answers, evaluate, string_match, to_json, wilson
 from glm5.model import Glm5Config, Glm5ForCausalLM
+from glm5.report import scores_table
+from glm5.report.table import table_lines
 
 TOKENIZER = ByteTokenizer()
 
@@ -124,7 +126,7 @@ def test_tables_have_a_model_a_row_and_a_length_a_column(model):
         ("dense", "0.0", "0.0"),
         ("+ sparse", "", ""),
     ]
-    text = text_table(scores, 2)
+    text = scores_table(scores, 2)
     assert len(text.splitlines()) == 5 and "coreference" in text and "0.0 [0.0, 65.8]" in text
 
 

@@ -33,7 +33,8 @@ def run(args) -> None:
     from glm5.cli.generate import _of_directory, _of_run
     from glm5.data import Tokenizer
     from glm5.data.synthetic import TASKS, Shape
-    from glm5.eval.longctx import evaluate, text_table, to_json
+    from glm5.eval.longctx import evaluate, to_json
+    from glm5.report import scores_table
 
     if args.seed < 0:
         raise ValueError(f"--seed is {args.seed}, want >= 0")
@@ -55,7 +56,7 @@ def run(args) -> None:
     scores = to_json(
         evaluate(model, tokenizer, args.lengths, args.tasks or tuple(TASKS), args.items, **options, progress=told)
     )
-    print(text_table(scores, args.items))
+    print(scores_table(scores, args.items))
     if args.json is not None:
         about = dict(source=str(args.model or args.folder), attention=attention, seed=args.seed, items=args.items)
         write_atomically(args.json, json.dumps(about | {"needles": args.needles, "scores": scores}, indent=1) + "\n")

@@ -54,8 +54,15 @@ def carry_out(args, last: str | None) -> None:
         raise RecipeError("--layout is for --dry-run: glm5 trains in one process")
     _want_memory(recipe)
 
-    from glm5.eval.longctx import columns
-    from glm5.report import long_context_tables, read_metrics, stage_speeds, summary_rows, text_table, write_report
+    from glm5.report import (
+        columns,
+        long_context_tables,
+        read_metrics,
+        stage_speeds,
+        summary_rows,
+        text_table,
+        write_report,
+    )
     from glm5.train.run import build_model, open_run, prepare, run_stages
 
     prepare(recipe)

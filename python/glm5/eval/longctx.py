@@ -137,38 +137,3 @@ def want_lengths(lengths: Sequence[int], limit: int) -> None:
 def to_json(scores: dict[int, dict[str, Score]]) -> dict:
     """Scores as JSON can hold them: {"256": {"niah-single": {"share": ..}}}."""
     return {str(length): {task: asdict(score) for task, score in each.items()} for length, each in scores.items()}
-
-
-def table_lines(rows: Sequence[tuple[str, dict]], lengths: Sequence[str], task: str = AVERAGE) -> list[tuple[str, ...]]:
-    """Head and rows of a table in the shape of RULER's: a model a row, a length a column, percent in the cells.
-
-    Args:
-        rows: (name, scores as ``to_json`` gives them).
-    """
-    lines = [(task, *lengths)]
-    for name, scores in rows:
-        shown = [scores.get(length, {}).get(task) for length in lengths]
-        lines.append((name, *("" if s is None else f"{100 * s['share']:.1f}" for s in shown)))
-    return lines
-
-
-def text_table(scores: dict, items: int) -> str:
-    """One model's scores (as ``to_json`` gives them) for a terminal: a task a row, a length a column, with intervals."""
-    lengths = list(scores)
-    tasks = list(scores[lengths[0]])
-    lines = [(f"{items} items each, %", *lengths)]
-    for task in tasks:
-        each = [scores[length][task] for length in lengths]
-        cells = (f"{100 * s['share']:.1f} [{100 * s['low']:.1f}, {100 * s['high']:.1f}]" for s in each)
-        lines.append((task, *cells))
-    return columns(lines)
-
-
-def columns(lines: Sequence[tuple[str, ...]]) -> str:
-    """The first column to the left, the others to the right, a rule under the head."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "  ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
-    return "\n".join([text[0], "─" * len(text[0]), *text[1:]])

@@ -1,8 +1,11 @@
-"""The final tables: what each way of choosing keys costs, what is found in long contexts. Input is ``evaluation.json``."""
+"""The final tables: what each way of choosing keys costs, what is found in long contexts. Input is ``evaluation.json`` and
+scores as ``glm5.eval.longctx.to_json`` gives them.
+"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from glm5.eval.longctx import AVERAGE, table_lines
+AVERAGE = "average"  # the mean of the tasks, among the scores of a length
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,39 @@ def text_table(rows: list[Row], topk: int) -> str:
         )
         for row in rows
     ]
-    widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
-    lines = [
+    return columns([head, *cells])
+
+
+def table_lines(rows: Sequence[tuple[str, dict]], lengths: Sequence[str], task: str = AVERAGE) -> list[tuple[str, ...]]:
+    """Head and rows of a table in the shape of RULER's: a model a row, a length a column, percent in the cells.
+
+    Args:
+        rows: (name, scores).
+    """
+    lines = [(task, *lengths)]
+    for name, scores in rows:
+        shown = [scores.get(length, {}).get(task) for length in lengths]
+        lines.append((name, *("" if s is None else f"{100 * s['share']:.1f}" for s in shown)))
+    return lines
+
+
+def scores_table(scores: dict, items: int) -> str:
+    """One model's scores for a terminal: a task a row, a length a column, with intervals."""
+    lengths = list(scores)
+    tasks = list(scores[lengths[0]])
+    lines = [(f"{items} items each, %", *lengths)]
+    for task in tasks:
+        each = [scores[length][task] for length in lengths]
+        cells = (f"{100 * s['share']:.1f} [{100 * s['low']:.1f}, {100 * s['high']:.1f}]" for s in each)
+        lines.append((task, *cells))
+    return columns(lines)
+
+
+def columns(lines: Sequence[tuple[str, ...]]) -> str:
+    """The first column to the left, the others to the right, a rule under the head."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
         "  ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in [head, *cells]
+        for line in lines
     ]
-    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+    return "\n".join([text[0], "─" * len(text[0]), *text[1:]])
