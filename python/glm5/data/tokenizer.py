@@ -7,6 +7,7 @@ with merges is in ``glm5.data.bpe``; what special tokens mean in a conversation,
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ SPECIAL_TOKENS = (
 NUM_HIDDEN = 18
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """Text to ids and back. Subclasses say what the ids below ``base`` are.
 
     Attributes:
@@ -85,6 +86,7 @@ class Tokenizer:
         """sha256 of what decides the ids. Data built with one tokenizer is of use only to a model that has the same."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
+    @abstractmethod
     def encode(self, text: str | bytes) -> np.ndarray:
         """Ordinary ids of `text`, int32. Special tokens written out in `text` stay text.
 
@@ -92,11 +94,10 @@ class Tokenizer:
             ValueError: a str that is not Unicode text (a lone surrogate); bytes that are not UTF-8, where the tokenizer
                 needs to know characters.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def piece(self, token: int) -> bytes:
         """The bytes of the ordinary id `token`."""
-        raise NotImplementedError
 
     def encode_document(self, text: str | bytes) -> np.ndarray:
         """``[gMASK] <sop> text <|endoftext|>``: a whole document as the model sees it, int32."""
@@ -123,9 +124,9 @@ class Tokenizer:
                 out += SPECIAL_TOKENS[token - self.base].encode()
         return out.decode(errors="replace")
 
+    @abstractmethod
     def to_json(self) -> dict:
         """The tokenizer as the content of a tokenizer.json, which the ``tokenizers`` package and Transformers read."""
-        raise NotImplementedError
 
     def save(self, folder: Path | str) -> None:
         """Writes tokenizer.json and tokenizer_config.json into `folder`; ``glm5.data.load_tokenizer`` reads them back."""
