@@ -8,8 +8,6 @@ import json
 from typing import Annotated, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -18,14 +16,12 @@ from pydantic import (
     model_validator,
 )
 
+from glm5.recipes.schema import Strict
+
 SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class TokenizerRecipe(_Strict):
+class TokenizerRecipe(Strict):
     """Bytes, BPE learnt from the training documents, or one that is there already."""
 
     kind: Literal["bytes", "bpe", "folder"] = "bytes"
@@ -41,7 +37,7 @@ class TokenizerRecipe(_Strict):
         return self
 
 
-class FilterRecipe(_Strict):
+class FilterRecipe(Strict):
     """Which documents stay. A document that is not UTF-8, is empty or has a NUL byte never does."""
 
     min_bytes: PositiveInt = 32
@@ -52,12 +48,12 @@ class FilterRecipe(_Strict):
     undecodable: Literal["drop", "error"] = "drop"
 
 
-class DedupRecipe(_Strict):
+class DedupRecipe(Strict):
     exact: bool = True  # if not, only held-out copies of training documents go
     near: float = Field(0.8, ge=0, le=1)  # smallest similarity at which the later document goes; 0: not asked
 
 
-class _Source(_Strict):
+class _Source(Strict):
     domain: SourceName
     licence: str | None = None  # SPDX; not given: what the documents, the package or a LICENSE file say
     id_prefix: str | None = None  # begins every id; not given: the source's name and a slash
@@ -172,7 +168,7 @@ SourceRecipe = Annotated[
 ]
 
 
-class BuildRecipe(_Strict):
+class BuildRecipe(Strict):
     """A data recipe."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

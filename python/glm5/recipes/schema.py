@@ -21,17 +21,19 @@ from pydantic import (
 StageName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A part of a recipe: what it does not know is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class ModelRecipe(_Strict):
+class ModelRecipe(Strict):
     preset: str = "tiny"
     dtype: Literal["float32", "bfloat16"] = "float32"
     overrides: dict[str, JsonValue] = Field(default_factory=dict)  # fields of Glm5Config to change in the preset
 
 
-class DataRecipe(_Strict):
+class DataRecipe(Strict):
     build: str = "python-stdlib"  # data recipe, by name or path; built under the folder of runs if it is not there
 
 
@@ -39,7 +41,7 @@ class DataRecipe(_Strict):
 _KIND_OF_KEY = {"rope_theta": "midtrain", "int4_group_size": "sft"}
 
 
-class StageRecipe(_Strict):
+class StageRecipe(Strict):
     """One stage of training. Learning rates are peaks; steps, never seconds, decide when anything happens."""
 
     kind: Literal["pretrain", "midtrain", "dsa-warmup", "dsa-sparse", "sft"]
@@ -100,7 +102,7 @@ class StageRecipe(_Strict):
         return self.sequence_length * self.packs_per_step
 
 
-class LongContextRecipe(_Strict):
+class LongContextRecipe(Strict):
     """Tasks of ``glm5.data.synthetic`` that are asked after every stage; see ``glm5.eval.longctx``."""
 
     lengths: tuple[PositiveInt, ...] = ()  # tokens; none: nothing is asked
@@ -109,7 +111,7 @@ class LongContextRecipe(_Strict):
     shape: dict[str, PositiveInt] = Field(default_factory=dict)  # fields of glm5.data.synthetic.Shape
 
 
-class EvaluationRecipe(_Strict):
+class EvaluationRecipe(Strict):
     domain: str = ""  # whose held-out documents are measured after every stage; not named: the first stage's main one
     sequence_length: int = Field(1024, ge=2)
     packs: PositiveInt = 64
@@ -121,7 +123,7 @@ class EvaluationRecipe(_Strict):
     chat_prompts: tuple[str, ...] = ()  # first messages to a model that has learnt conversations
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # also the name of the run's folder
     seed: int = Field(0, ge=0, lt=2**32)
     threads: PositiveInt = 2
