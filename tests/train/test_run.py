@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from glm5.cli.main import main
+from glm5.eval.longctx import evaluate_as_recipe
 from glm5.model import config
 from glm5.recipes import RecipeError, load_recipe
 from glm5.report import read_metrics
@@ -56,7 +57,7 @@ def carry_out(recipe, runs, last=None):
     prepare(recipe)
     run = open_run(recipe, runs)
     try:
-        return run_stages(run, build_model(recipe), say=lambda _: None, last=last)
+        return run_stages(run, build_model(recipe), say=lambda _: None, last=last, long_context=evaluate_as_recipe)
     finally:
         run.close()
 
@@ -281,6 +282,15 @@ def test_long_contexts_are_asked_after_every_stage_if_the_recipe_says_so(tmp_pat
             length: ["niah-single", "average"] for length in ("160", "220")
         }
     assert json.loads((tmp_path / "foundation" / "evaluation.json").read_text())["longctx"] == results["longctx"]
+
+
+def test_long_contexts_want_somebody_who_asks(tmp_path):
+    recipe = small_recipe(*LONG)
+    prepare(recipe)
+    run = open_run(recipe, tmp_path)
+    with pytest.raises(ValueError, match="evaluation.longctx.lengths"):
+        run_stages(run, build_model(recipe), say=lambda _: None)
+    run.close()
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def carry_out(args, last: str | None) -> None:
         raise RecipeError("--layout is for --dry-run: glm5 trains in one process")
     _want_memory(recipe)
 
+    from glm5.eval.longctx import evaluate_as_recipe
     from glm5.report import (
         columns,
         long_context_tables,
@@ -69,7 +70,7 @@ def carry_out(args, last: str | None) -> None:
     model = build_model(recipe)
     work = open_run(recipe, args.runs)
     try:
-        results = run_stages(work, model, last=last)
+        results = run_stages(work, model, last=last, long_context=evaluate_as_recipe)
         report = write_report(work.folder)
     finally:
         work.close()

@@ -11,6 +11,7 @@ from math import sqrt
 
 import torch
 
+from glm5.data import ByteTokenizer
 from glm5.data.synthetic import TASKS, Item, Shape, make_item
 
 # Tokens of prompts that are prefilled in one batch.
@@ -137,3 +138,10 @@ def want_lengths(lengths: Sequence[int], limit: int) -> None:
 def to_json(scores: dict[int, dict[str, Score]]) -> dict:
     """Scores as JSON can hold them: {"256": {"niah-single": {"share": ..}}}."""
     return {str(length): {task: asdict(score) for task, score in each.items()} for length, each in scores.items()}
+
+
+def evaluate_as_recipe(model, recipe, attention: str) -> dict:
+    """Scores, as ``to_json`` gives them, of a model in a form of attention, on what ``recipe.evaluation.longctx`` asks."""
+    wanted = recipe.evaluation.longctx
+    options = dict(seed=recipe.seed, attention=attention, shape=Shape(**wanted.shape))
+    return to_json(evaluate(model, ByteTokenizer(), wanted.lengths, wanted.tasks, wanted.items, **options))

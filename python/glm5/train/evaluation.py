@@ -4,6 +4,7 @@ An evaluation is a function of the weights at the end of its stage, so a resumed
 """
 
 import json
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -11,8 +12,6 @@ import torch
 from glm5._files import write_atomically
 from glm5.data import ByteTokenizer, ChatTemplate
 from glm5.data.shards import VALIDATION
-from glm5.data.synthetic import Shape
-from glm5.eval import longctx
 from glm5.model.selection import last_keys, random_keys
 from glm5.train.stages import stage_of
 from glm5.train.validation import batches, indexer_kl, language_loss, selection_recall
@@ -39,10 +38,19 @@ class Evaluator:
     ``results["measured"]`` maps labels such as "dsa-sparse/random" (stage and form) to a title and numbers, in the order of
     the run; "done" names the stages that were measured; "longctx" maps them to scores at each length, where the recipe asks
     for it; "recalls", "samples" and "about" are for the report.
+
+    Args:
+        long_context: (model, the run's recipe, form of attention) -> those scores; asking is ``glm5.eval``'s business.
+
+    Raises:
+        ValueError: the recipe asks for them and there is no `long_context`.
     """
 
-    def __init__(self, run, model):
+    def __init__(self, run, model, long_context: Callable | None = None):
         self.run, self.model, self.recipe = run, model, run.recipe.evaluation
+        if self.recipe.longctx.lengths and long_context is None:
+            raise ValueError("the recipe has evaluation.longctx.lengths, which needs a long_context to ask the model")
+        self._long_context = long_context
         self.path = run.folder / "evaluation.json"
         self.results: dict = self._read() if self.path.exists() else {"done": [], "measured": {}}
 
@@ -86,7 +94,8 @@ class Evaluator:
         if self.recipe.longctx.lengths:
             # A warm-up's own form is dense; what it made of the indexers shows in the sparse one.
             attention = "sparse" if stage.indexer == "warmup" else stage.form.attention
-            self.results.setdefault("longctx", {})[name] = {"attention": attention, "scores": self._long_context(attention)}
+            scores = self._long_context(self.model, recipe, attention)
+            self.results.setdefault("longctx", {})[name] = {"attention": attention, "scores": scores}
         if name == names[-1]:
             self.results["samples"] = [self._sample(stage.form.attention), *self._answers(stage.form.attention)]
         self.results["about"] = {
@@ -140,12 +149,6 @@ class Evaluator:
         curve = self.results.setdefault("recalls", [])
         curve.append({"at": (curve[-1]["at"] if curve else 0) + steps} | measured)
         return {"recall": measured["indexer"]}
-
-    def _long_context(self, attention: str) -> dict:
-        wanted = self.recipe.longctx
-        options = dict(seed=self.run.recipe.seed, attention=attention, shape=Shape(**wanted.shape))
-        scores = longctx.evaluate(self.model, ByteTokenizer(), wanted.lengths, wanted.tasks, wanted.items, **options)
-        return longctx.to_json(scores)
 
     def _sample(self, attention: str) -> dict:
         text = generate_text(

@@ -317,11 +317,14 @@ def resume(run: Run, model, say=print) -> tuple[str, StageState]:
     return manifest.stage, StageState(manifest.step, files)
 
 
-def run_stages(run: Run, model, say=print, last: str | None = None) -> dict:
-    """Trains and evaluates from where the run stands to its end, or to the end of stage `last`. Returns the evaluations."""
+def run_stages(run: Run, model, say=print, last: str | None = None, long_context: Callable | None = None) -> dict:
+    """Trains and evaluates from where the run stands to its end, or to the end of stage `last`. Returns the evaluations.
+
+    `long_context` asks the model where the recipe has ``evaluation.longctx``; see ``Evaluator``.
+    """
     from glm5.train.evaluation import Evaluator
 
-    evaluator = Evaluator(run, model)
+    evaluator = Evaluator(run, model, long_context)
     name, state = resume(run, model, say)
     names = list(run.recipe.stages)
     if (name, state.step) == (names[0], 0):  # evaluations that are there belong to checkpoints that somebody removed
